@@ -1,0 +1,422 @@
+"""The contract between Hilo and its plugins: all that a file in `tools/` imports.
+
+A plugin is a module with functions marked `@hookimpl`; `Hooks` lists what they may be called and what they
+receive. The shortest one gives the assistant a tool:
+
+    from tools import Context, hookimpl
+
+    def hora_de_cierre(context: Context, sucursal: str) -> str:
+        '''Dice a qué hora cierra una sucursal.'''
+        return "19:00"
+
+    @hookimpl
+    def register_tools(register):
+        register(hora_de_cierre)
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import pydantic
+import typing_extensions
+
+__all__ = ["Context", "Event", "Media", "Message", "Part", "PluginError", "Tool", "ToolError", "Turn", "hookimpl"]
+
+hookimpl = pluggy.HookimplMarker("hilo")
+hookspec = pluggy.HookspecMarker("hilo")
+
+
+# --- What plugins see -------------------------------------------------------------------------------------
+
+
+class ToolError(Exception):
+    """Raised by a tool to tell the model, in words it can act on, why there is no result."""
+
+
+class PluginError(Exception):
+    """A plugin that breaks the contract; the text names the function and what to change."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """A file that came with a message: Twilio's URL (needs Basic auth) and its media type, without parameters."""
+
+    url: str
+    content_type: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One inbound WhatsApp message. `raw` has every form field as Twilio sent it
+    (https://www.twilio.com/docs/messaging/guides/webhook-request)."""
+
+    sid: str
+    address: str
+    text: str = ""
+    media: tuple[Media, ...] = ()
+    button: str | None = None
+    location: tuple[float, float] | None = None
+    profile_name: str = ""
+    at: datetime | None = None
+    raw: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One outbound WhatsApp message: a text, a file or a template (`content_sid` with its `variables`).
+    `to` is another address than the user's own, for relays; `None` answers the user."""
+
+    text: str = ""
+    media_url: str | None = None
+    content_sid: str | None = None
+    variables: Mapping[str, str] | None = None
+    to: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.text or self.media_url or self.content_sid):
+            raise ValueError("Part: needs a text, a media_url or a content_sid")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One line of the transcript: `role` is "user" or "assistant"."""
+
+    role: str
+    text: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, for metrics, CRM or audit: `name` (such as "run_finished"), the run and the
+    address concerned (None where there is none) and `data`, plain JSON values."""
+
+    name: str
+    at: datetime
+    run_id: int | None = None
+    address: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a hook or a tool may use. `turn` holds the messages being answered, oldest first; `log` already
+    carries the run's id and the masked address."""
+
+    run_id: int | None = None
+    address: str = ""
+    profile_name: str = ""
+    assistant: str | None = None
+    settings: Any = None
+    log: logging.Logger | logging.LoggerAdapter[logging.Logger] = field(
+        default_factory=lambda: logging.getLogger("hilo")
+    )
+    turn: tuple[Message, ...] = ()
+    services: Any = field(default=None, repr=False)
+
+    def query(self, sql: str, /, **params: Any) -> list[dict[str, Any]]:
+        """Return the rows of one statement, committed at once; values go in as `:name` parameters only."""
+        return typing.cast(list[dict[str, Any]], self.services.query(sql, params))
+
+    def history(self, n: int = 20) -> list[Turn]:
+        """Return the last `n` lines said before this turn, oldest first."""
+        return typing.cast(list[Turn], self.services.history(self.address, n, self.run_id))
+
+    def send(self, part: str | Part) -> None:
+        """Queue one more part, which leaves just before this run's reply."""
+        self.services.send(self, part)
+
+    def download(self, media: Media, limit: int = 16 * 1024 * 1024) -> bytes:
+        """Return a file that came with a message, at most `limit` bytes; raises ToolError when it cannot be had."""
+        return typing.cast(bytes, self.services.download(media, limit))
+
+    def openai(self) -> Any:
+        """Return the process's OpenAI client (no retries, 10 s time-out); raises ToolError without a key."""
+        return self.services.openai()
+
+
+Reply = str | Part | list[str | Part]
+
+
+def parts_of(reply: Any) -> list[Part]:
+    """Return a hook's reply as parts; raises TypeError for anything but a string, a Part or a list of them."""
+    items: Iterable[Any] = reply if isinstance(reply, (list, tuple)) else [reply]
+    parts = []
+    for item in items:
+        if isinstance(item, str):
+            if item.strip():
+                parts.append(Part(text=item))
+        elif isinstance(item, Part):
+            parts.append(item)
+        else:
+            raise TypeError(f"a reply is a string, a Part or a list of them, not {type(item).__name__}")
+    return parts
+
+
+class Hooks:
+    """What a plugin may implement. None means "not mine", [] means "handled, say nothing"."""
+
+    @hookspec
+    def register_tools(self, register: Callable[..., Any]) -> None:
+        """Call `register(function, side_effects=False, timeout=10)` for each function the assistant may call."""
+
+    @hookspec(firstresult=True)
+    def message_to_input(self, message: Message, context: Context) -> str | list[dict[str, Any]] | None:
+        """Return what the model is to read for a message: a text, or OpenAI input content parts."""
+
+    @hookspec(firstresult=True)
+    def incoming_message(self, message: Message, context: Context) -> Reply | None:
+        """Answer a message without the model, such as a command."""
+
+    @hookspec(firstresult=True)
+    def choose_assistant(self, message: Message, context: Context) -> str | None:
+        """Return the name of the file in `assistants/` that is to answer this turn."""
+
+    @hookspec(firstresult=True)
+    def fallback_reply(self, message: Message, reason: str, context: Context) -> Reply | None:
+        """Answer a turn that the model cannot: reason is no_assistant, disabled, openai_down, timeout or error."""
+
+    @hookspec(firstresult=True)
+    def format_reply(self, text: str, message: Message, context: Context) -> Reply | None:
+        """Return the model's text as the parts that WhatsApp shows."""
+
+    @hookspec
+    def track_event(self, event: Event) -> None:
+        """Take note of what happened; called outside the journey, a failure is logged only."""
+
+    @hookspec
+    def register_routes(self, app: Any, context: Context) -> None:
+        """Add pages to the bottle application."""
+
+
+# --- How a function becomes a tool ------------------------------------------------------------------------
+
+# What strict mode understands (https://platform.openai.com/docs/guides/structured-outputs#supported-schemas);
+# other constraints stay ours alone: the arguments are validated with them all the same.
+_KEPT = {
+    "type", "description", "enum", "const", "properties", "required", "items", "anyOf", "$ref", "$defs",
+    "format", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "minItems", "maxItems", "additionalProperties",
+}  # fmt: skip
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function the assistant may call, with the schema the model sees."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    function: Callable[..., Any]
+    arguments: type[pydantic.BaseModel]
+    context_name: str | None
+    side_effects: bool = False
+    timeout: float = 10.0
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The tool as `responses.create` takes it."""
+        return {
+            "type": "function",
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": True,
+        }
+
+    def validate(self, arguments: str) -> dict[str, Any]:
+        """Return the keyword arguments in a model's JSON; raises ToolError naming each one that is wrong."""
+        try:
+            given = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise ToolError(f"{self.name}: the arguments are not JSON ({error})") from None
+        try:
+            checked = self._checked(given)
+        except pydantic.ValidationError as error:
+            raise ToolError(f"{self.name}: {_faults(error)}") from None
+        return {name.removeprefix("arg_"): getattr(checked, name) for name in checked.model_fields_set}
+
+    def call(self, arguments: str, context: Context) -> Any:
+        """Return what the function returns for a model's JSON arguments."""
+        values = self.validate(arguments)
+        if self.context_name:
+            values[self.context_name] = context
+        return self.function(**values)
+
+    def _checked(self, given: Any) -> pydantic.BaseModel:
+        """Validate; a null where only a default would do (strict mode has no optional keys) is left out."""
+        try:
+            return self.arguments.model_validate(given)
+        except pydantic.ValidationError as error:
+            nulls = [e["loc"] for e in error.errors() if e["input"] is None and e["type"] != "missing"]
+            if not nulls or not all(_drop(given, loc) for loc in nulls):
+                raise
+        return self.arguments.model_validate(given)
+
+
+def make_tool(function: Callable[..., Any], side_effects: bool = False, timeout: float = 10.0) -> Tool:
+    """Return the tool that a function's name, docstring and type hints describe; raises PluginError."""
+    name = getattr(function, "__name__", repr(function))
+    if not inspect.isfunction(function) or name == "<lambda>":
+        raise PluginError(f"register({name}): needs a function defined with def")
+    if inspect.iscoroutinefunction(function):
+        raise PluginError(f"{name}: tools are ordinary functions, not async ones")
+    description = inspect.getdoc(function)
+    if not description:
+        raise PluginError(f"{name}: needs a docstring; the assistant reads it to know when to call the tool")
+    if not (isinstance(timeout, (int, float)) and timeout > 0):
+        raise PluginError(f"{name}: timeout={timeout!r} has to be a number of seconds above 0")
+    fields, context_name = _parameters(function, name)
+    arguments, schema = _schema(name, fields)
+    return Tool(name, description, schema, function, arguments, context_name, side_effects, float(timeout))
+
+
+def _parameters(function: Callable[..., Any], name: str) -> tuple[dict[str, Any], str | None]:
+    """Return a function's parameters as pydantic fields, and the name of the one that takes the Context."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception as error:
+        raise PluginError(f"{name}: its type hints cannot be read ({error})") from error
+    fields: dict[str, Any] = {}
+    context_name = None
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise PluginError(f"{name}: {parameter} cannot be described to the model; name each parameter")
+        if parameter.name not in hints:
+            raise PluginError(f"{name}: parameter {parameter.name!r} needs a type hint")
+        hint = hints[parameter.name]
+        if hint is Context:
+            context_name = parameter.name
+        else:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            if isinstance(default, pydantic.fields.FieldInfo):
+                raise PluginError(
+                    f"{name}: describe {parameter.name!r} with Annotated[type, Field(…)], not as its default"
+                )
+            # An alias lets a parameter have any name, also one that pydantic keeps for itself ("json", "_x").
+            fields[f"arg_{parameter.name}"] = (_modern(hint), pydantic.Field(default, alias=parameter.name))
+    return fields, context_name
+
+
+def _schema(name: str, fields: dict[str, Any]) -> tuple[type[pydantic.BaseModel], dict[str, Any]]:
+    """Return the model that validates the arguments and its strict JSON Schema."""
+    try:
+        config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=False, protected_namespaces=())
+        arguments: type[pydantic.BaseModel] = pydantic.create_model(name, __config__=config, **fields)
+        return arguments, _strict(arguments.model_json_schema(), name)
+    except (pydantic.errors.PydanticUserError, NameError) as error:
+        reason = str(error).splitlines()[0]
+        raise PluginError(f"{name}: a parameter's type has no JSON Schema ({reason})") from error
+
+
+def _strict(schema: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a schema as strict mode takes it: all required, nothing additional, no defaults, bare $refs."""
+    definitions = schema.get("$defs", {})
+
+    def visit(node: dict[str, Any], path: str) -> dict[str, Any]:
+        if "$ref" in node and len(node) > 1:  # a $ref takes no keyword beside it: put the definition in place
+            node = {**definitions[node["$ref"].rsplit("/", 1)[1]], **{k: v for k, v in node.items() if k != "$ref"}}
+        if "oneOf" in node:
+            node = {**node, "anyOf": node["oneOf"]}
+        if not node.keys() & {"type", "$ref", "anyOf", "enum", "const"}:
+            raise PluginError(f"{name}: {path} accepts anything; give it a precise type")
+        if node.get("type") == "object" and "properties" not in node and path != name:
+            raise PluginError(f"{name}: {path} is a free-form object; use a pydantic model or a TypedDict")
+        if "prefixItems" in node or (node.get("type") == "array" and "items" not in node):
+            raise PluginError(f"{name}: {path} is a tuple or a bare list; use list[…] with one type")
+        kept = {key: value for key, value in node.items() if key in _KEPT}
+        if kept.get("format") not in _FORMATS:
+            kept.pop("format", None)
+        if node.get("type") == "object":
+            kept["properties"] = {
+                key: visit(_nullable(value, key not in node.get("required", ())), f"{path}.{key}")
+                for key, value in node.get("properties", {}).items()
+            }
+            kept["required"] = list(kept["properties"])
+            kept["additionalProperties"] = False
+        if "items" in node:
+            kept["items"] = visit(node["items"], f"{path}[]")
+        if "anyOf" in node:
+            kept["anyOf"] = [visit(option, path) for option in node["anyOf"]]
+        if "$defs" in node:
+            kept["$defs"] = {key: visit(value, key) for key, value in node["$defs"].items()}
+        return kept
+
+    strict = visit(schema, name)
+    strict.pop("description", None)
+    return strict
+
+
+def _nullable(node: dict[str, Any], optional: bool) -> dict[str, Any]:
+    """Return the schema of an optional property so that null stands for "left out"."""
+    node = {key: value for key, value in node.items() if key != "default"}
+    if not optional or any(option.get("type") == "null" for option in node.get("anyOf", ())):
+        return node
+    description = {"description": node.pop("description")} if "description" in node else {}
+    options = node["anyOf"] if set(node) == {"anyOf"} or set(node) == {"anyOf", "title"} else [node]
+    return {"anyOf": [*options, {"type": "null"}], **description}
+
+
+def _modern(hint: Any) -> Any:
+    """Return a hint in which each typing.TypedDict is one that pydantic takes (needed before Python 3.12)."""
+    if typing.is_typeddict(hint) and type(hint).__module__ == "typing":
+        required = hint.__required_keys__
+        fields = {
+            key: _modern(value) if key in required else typing_extensions.NotRequired[_modern(value)]
+            for key, value in typing.get_type_hints(hint, include_extras=True).items()
+        }
+        make: Any = typing_extensions.TypedDict
+        made = make(hint.__name__, fields)
+        made.__doc__, made.__module__ = hint.__doc__, hint.__module__
+        return made
+    arguments = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if not arguments or origin is typing.Literal:
+        return hint
+    if origin is typing.Annotated:
+        return typing.Annotated[(_modern(arguments[0]), *arguments[1:])]
+    changed = tuple(_modern(argument) for argument in arguments)
+    if changed == arguments:
+        return hint
+    return typing.Union[changed] if origin in (typing.Union, types.UnionType) else origin[changed]  # noqa: UP007
+
+
+def _drop(value: Any, loc: tuple[int | str, ...]) -> bool:
+    """Remove the key at `loc` from nested dicts and lists; False where there is no such key."""
+    try:
+        for step in loc[:-1]:
+            value = value[step]
+        del value[loc[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def _faults(error: pydantic.ValidationError) -> str:
+    """Return what is wrong with each argument, in one line, without a value longer than 80 characters."""
+    return "; ".join(
+        f"{'.'.join(map(str, fault['loc'])) or 'arguments'}: {fault['msg']} (got {str(fault['input'])[:80]!r})"
+        for fault in error.errors(include_url=False)
+    )
+
+
+def author_line(error: BaseException, folder: Path = Path(__file__).parent) -> str:
+    """Return "file.py:12" for the last frame of a traceback in the author's own code, "" where there is none."""
+    frames = inspect.getinnerframes(error.__traceback__, context=0) if error.__traceback__ else []
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}:{error.lineno}"
+    foreign = (__file__, str(folder.parent / "gateway.py"), "site-packages", "importlib")
+    own = [frame for frame in frames if not any(name in frame.filename for name in foreign)]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
