@@ -82,7 +82,8 @@ ok|hola|ola|2|👍||excel|Excel|marketing digital|business intelligence|project 
 machine learning|el 2|la segunda|ese|sí|si|no|gracias|muchas gracias|buenas|buenos dias|buen día|info|informes
 cuanto cuesta|cuánto sale|que cursos tienen|quiero el curso de community manager|cuando empieza|ayuda|precio
 hola quiero info del curso de english for business|me llamo João y quiero un curso
-introduction to the internet of things|qual es el precio|quanto cuesta el curso|quando empieza el curso|bye|ok bye|thanks|please|asesor|inscripción|temario
+introduction to the internet of things
+qual es el precio|quanto cuesta el curso|quando empieza el curso|bye|ok bye|thanks|please|asesor|inscripción|temario
 che cuánto sale el curso de excel?|oye parce cuánto vale|dame informes porfa|adiós|una pregunta|full stack developer
 tenés algo de diseño?|¿en qué horario es?|www.ejemplo.com|curso de portugués|clases de inglés|excel avansado|da lo mismo
 me das el temario|los dos|no gracias|de nada|nos vemos|hasta luego|quiero pagar con pix|1|dos|7️⃣|🙏🙏|¿?|sesión 3|hoy
