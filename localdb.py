@@ -163,7 +163,7 @@ def _copied(package: Path, version: str) -> Path:
             shutil.rmtree(draft, ignore_errors=True)
     status = final.lstat()
     if status.st_uid != 0 or status.st_mode & 0o022:
-        raise LocalDatabaseError(f"{final} is not root's alone: remove it; a copy of {package} belongs there.")
+        raise LocalDatabaseError(f"{final} (copied from {package}) is not root's alone: remove it.")
     return final / package.name
 
 
@@ -386,5 +386,5 @@ def start(directory: Path) -> LocalDatabase:
         return LocalDatabase(directory)
     except (OSError, InterfaceError, DatabaseError) as error:
         raise LocalDatabaseError(
-            f"The local database in {directory} cannot be used: {error}. It needs room on the disk and a directory "
-            "that belongs to the user who runs Hilo; or set DATABASE_URL.") from error
+            f"The local database in {directory} cannot be used: {error}. It needs room on the disk and a "
+            "directory that belongs to the user who runs Hilo; or set DATABASE_URL.") from error
