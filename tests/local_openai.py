@@ -413,12 +413,25 @@ def count_tokens(*values: Any) -> int:
 
 NOT_PERMITTED = ("default", "allOf", "oneOf", "not", "if", "then", "else", "patternProperties", "uniqueItems")
 
+PARAM_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "model": (str, "a string"),
+    "instructions": (str, "a string"),
+    "conversation": ((str, dict), "a string or an object"),
+    "tools": (list, "an array of objects"),
+    "reasoning": (dict, "an object"),
+    "text": (dict, "an object"),
+    "safety_identifier": (str, "a string"),
+    "background": (bool, "a boolean"),
+    "store": (bool, "a boolean"),
+}
+
 
 def check_create(body: Json, models: Mapping[str, str | None]) -> None:
     """Refuses the parameters of a response that OpenAI would refuse."""
     for name in body:
         if name not in CREATE_PARAMS:
             raise Refusal(400, f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    check_types(body)
     if body.get("model") is None:
         raise Refusal(
             400, "Missing required parameter: 'model'.", param="model", code="missing_required_parameter"
@@ -438,13 +451,20 @@ def check_create(body: Json, models: Mapping[str, str | None]) -> None:
     check_metadata(body)
     if len(body.get("safety_identifier") or "") > 128:
         raise too_long("safety_identifier", 128, body["safety_identifier"])
-    for n, tool in enumerate(body.get("tools") or ()):
-        check_tool(tool, f"tools[{n}]")
+
+
+def check_types(body: Json) -> None:
+    """Refuses a parameter of the wrong type."""
+    for name, (kind, expected) in PARAM_TYPES.items():
+        if body.get(name) is not None and not isinstance(body[name], kind):
+            raise wrong_type(name, expected, body[name])
 
 
 def check_metadata(body: Json) -> None:
     """Refuses more than 16 pairs, keys over 64 characters and values that are no string of at most 512."""
     metadata = body.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise wrong_type("metadata", "an object", metadata)
     if len(metadata) > 16:
         message = f"Invalid 'metadata': too many properties. Expected at most 16, but got {len(metadata)}."
         raise Refusal(400, message, param="metadata", code="object_above_max_properties")
@@ -495,7 +515,7 @@ def check_parameters(tool: Json, param: str) -> None:
     if not isinstance(schema, dict) or schema.get("type") != "object":
         kind = schema.get("type") if isinstance(schema, dict) else None
         problem = f"schema must be a JSON Schema of 'type: \"object\"', got 'type: \"{kind}\"'."
-    elif tool.get("strict") is not False:
+    elif tool.get("strict"):
         problem = schema_problem(schema, ())
     if problem:
         message = f"Invalid schema for function '{tool['name']}': {problem}"
@@ -591,9 +611,8 @@ def new_response(body: Json) -> Json:
     }
 
 
-def usage_of(given: Sequence[Json], instructions: Any, output: Sequence[Json]) -> Json:
-    """The tokens of a response, estimated."""
-    read, written = count_tokens(given, instructions), count_tokens(output)
+def usage_of(read: int, written: int) -> Json:
+    """The usage of a response, in tokens."""
     return {
         "input_tokens": read,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -718,6 +737,7 @@ class Fault:
     status: int | None = None
     code: str | None = None
     message: str = "Something went wrong at OpenAI."
+    param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     hang: float = 0.0
     cut: Literal["", "before", "after"] = ""
@@ -731,10 +751,11 @@ class Fault:
 
     def error(self) -> Refusal:
         """The error that OpenAI answers."""
-        kinds = {401: "invalid_request_error", 429: "requests", 400: "invalid_request_error"}
         status = self.status or 500
-        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        return Refusal(status, self.message, code=self.code, type=kind, headers=self.headers)
+        kind = "requests" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+        return Refusal(
+            status, self.message, param=self.param, code=self.code, type=kind, headers=self.headers
+        )
 
 
 class Gate:
@@ -822,11 +843,14 @@ class Clock:
 # --- Webhooks: a small pool that keeps its connections ------------------------------------------------------
 
 
-def sign(secret: str, event_id: str, timestamp: int, body: bytes) -> str:
-    """The Standard Webhooks signature header of a body."""
-    key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode()
-    digest = hmac.new(key, f"{event_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
-    return "v1," + base64.b64encode(digest).decode()
+def sign(secrets: str, event_id: str, timestamp: int, body: bytes) -> str:
+    """The Standard Webhooks signature header: one `v1,` signature for each secret, as during a rotation."""
+    signatures = []
+    for secret in secrets.split():
+        key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode()
+        digest = hmac.new(key, f"{event_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+        signatures.append("v1," + base64.b64encode(digest).decode())
+    return " ".join(signatures)
 
 
 class Postman:
@@ -890,6 +914,7 @@ def post_event(delivery: Delivery, connections: dict[str, http.client.HTTPConnec
     except (OSError, http.client.HTTPException) as error:
         connections.pop(where.netloc).close()
         # A kept connection may have been closed by the other side meanwhile: that is no failure of theirs.
+        fresh = fresh or isinstance(error, TimeoutError)
         return type(error).__name__ if fresh else post_event(delivery, connections)
 
 
@@ -930,14 +955,19 @@ class Call:
         """A query parameter."""
         return parse_qs(self.environ.get("QUERY_STRING", "")).get(name, [default])[-1]
 
+    def limit(self) -> int:
+        """How many entries a list shall have; raises Refusal for a number outside 1 to 100."""
+        limit = self.query("limit", "20")
+        if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= 100:
+            message = f"Invalid 'limit': '{limit}'. Expected an integer from 1 to 100."
+            raise Refusal(400, message, param="limit", code="invalid_value")
+        return int(limit)
+
     def cut(self) -> None:
         """Closes the connection without an answer."""
         channel = self.environ["waitress.client_disconnected"].__self__
         with contextlib.suppress(OSError):
             channel.socket.shutdown(socket.SHUT_RDWR)
-
-
-REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
 
 
 # --- The server ---------------------------------------------------------------------------------------------
@@ -972,7 +1002,9 @@ class LocalOpenAI:
     transcription: str | Callable[[Upload], str]
     """The text heard in an audio file; a callable may raise Refusal."""
     webhook_url: str | None
+    """Where events go; more endpoints come by the API."""
     webhook_secret: str
+    """What signs them: `whsec_…`, or several with spaces between them."""
     webhook_delay: float | Callable[[], float]
     webhook_loss: float | Callable[[Json], bool]
     """The share of events that are lost (0 to 1), or which ones."""
@@ -991,7 +1023,7 @@ class LocalOpenAI:
         self._server: Any = None
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._held: set[threading.Event] = set()
+        self._held: list[threading.Event] = []
         self._routes = self._make_routes()
         self._clear()
 
@@ -1031,6 +1063,7 @@ class LocalOpenAI:
         self.in_flight = 0
         self.max_in_flight = 0
         self.polls = 0
+        self._last_tools: tuple[list[Json] | None, str | None] = (None, None)
         self._routed: Counter[str] = Counter()
         self._handling: deque[float] = deque(maxlen=SAMPLES)
         self._unseen: deque[float] = deque(maxlen=SAMPLES)
@@ -1085,7 +1118,7 @@ class LocalOpenAI:
 
     def _let_go(self) -> None:
         with self._lock:
-            for event in list(self._held):
+            for event in self._held:
                 event.set()
 
     def reset(self) -> None:
@@ -1116,14 +1149,14 @@ class LocalOpenAI:
         """Waits, with one more thread for the other requests meanwhile; raises Cut when stopping."""
         dispatcher = self._server.task_dispatcher
         with self._lock:
-            self._held.add(event)
+            self._held.append(event)
             dispatcher.set_thread_count(THREADS + len(self._held))
         try:
             if not self._stopping:
                 event.wait(seconds)
         finally:
             with self._lock:
-                self._held.discard(event)
+                self._held.remove(event)
                 if not self._stopping:
                     dispatcher.set_thread_count(THREADS + len(self._held))
         if self._stopping:
@@ -1176,7 +1209,7 @@ class LocalOpenAI:
         self._handling.append(time.perf_counter() - began)
         known = {"content-type": "application/json", "x-request-id": new_id("req"), **headers}
         known["content-length"] = str(len(payload))
-        start_response(f"{status} {REASONS.get(status, 'Error')}", list(known.items()))
+        start_response(f"{status} {http.client.responses.get(status, 'Error')}", list(known.items()))
         return [payload]
 
     def _remember(self, request: Request) -> None:
@@ -1307,11 +1340,7 @@ class LocalOpenAI:
         return {"id": given, "object": "conversation.deleted", "deleted": True}
 
     def _list_items(self, call: Call, given: str) -> Json:
-        limit = int(call.query("limit", "20"))
-        if not 1 <= limit <= 100:
-            raise Refusal(
-                400, f"Invalid 'limit': {limit}. Expected 1 to 100.", param="limit", code="invalid_value"
-            )
+        limit = call.limit()
         with self._lock:
             items = list(self._conversation(given).items)
         if call.query("order", "desc") == "desc":
@@ -1338,21 +1367,40 @@ class LocalOpenAI:
 
     def _create_response(self, call: Call) -> bytes:
         body = call.json()
-        check_create(body, self.models)
-        items = to_items(body.get("input") or [], "input")
         with self._lock:
-            record = self._accept(body, items)
+            record = self.submit(body)
             accepted = json.dumps(record.body).encode()
         if self.webhook_early:
             self._think(record, early=True)
             self._hold(record.notified, 10)
-            return accepted
-        self._clock.after(0, self._think, record)
-        if body.get("background") and not self.ignores_background:
-            return accepted
-        self._hold(record.done, 600)
+        elif not record.body["background"]:
+            self._hold(record.done, 600)
+            with self._lock:
+                return json.dumps(record.body).encode()
+        return accepted
+
+    def submit(self, body: Json) -> ResponseRecord:
+        """The response that a create call with this body makes, on its way; raises Refusal."""
+        check_create(body, self.models)
+        items = to_items(body.get("input") or [], "input")
         with self._lock:
-            return json.dumps(record.body).encode()
+            self._share_tools(body)
+            record = self._accept(body, items)
+        if not self.webhook_early:
+            self._clock.after(0, self._think, record)
+        return record
+
+    def _share_tools(self, body: Json) -> None:
+        """Checks the tools; those of the last call are neither checked again nor kept twice."""
+        tools, instructions = self._last_tools
+        if body.get("tools") != tools:
+            for n, tool in enumerate(body.get("tools") or ()):
+                check_tool(tool, f"tools[{n}]")
+            self._last_tools = body.get("tools"), body.get("instructions")
+        elif tools is not None:
+            body["tools"] = tools
+            if body.get("instructions") == instructions:
+                body["instructions"] = instructions
 
     def _accept(self, body: Json, items: list[Json]) -> ResponseRecord:
         """The new response, if conversation and input allow one; raises Refusal."""
@@ -1436,7 +1484,9 @@ class LocalOpenAI:
                 body["error"] = {"code": answer.code, "message": answer.message}
             else:
                 body["output"] = answer.output()
-                body["usage"] = usage_of(record.input_items, body["instructions"], body["output"])
+                before = record.conversation.items if record.conversation else []
+                read = count_tokens([*before, *record.input_items], body["instructions"], body["tools"])
+                body["usage"] = usage_of(read, count_tokens(body["output"]))
                 body["completed_at"] = int(time.time()) if answer.status == "completed" else None
             if answer.status == "incomplete":
                 body["incomplete_details"] = {"reason": answer.reason}
@@ -1588,7 +1638,7 @@ class LocalOpenAI:
 
     def _list_endpoints(self, call: Call) -> Json:
         known = [without_secret(endpoint) for endpoint in self._all_endpoints().values()]
-        return page(known, int(call.query("limit", "20")), call.query("after", ""))
+        return page(known, call.limit(), call.query("after", ""))
 
     def _create_endpoint(self, call: Call) -> Json:
         body = call.json()
@@ -1658,7 +1708,7 @@ class LocalOpenAI:
             return {record.id: list(record.items) for record in gone}
 
     def orphans(self) -> list[tuple[str, str]]:
-        """(conversation, call_id) of calls never answered where the conversation was used again after them."""
+        """(conversation, call_id) of calls never answered though their conversation was used again."""
         with self._lock:
             return [
                 (record.id, call_id)
@@ -1703,22 +1753,27 @@ class LocalOpenAI:
         raise Refusal(404, f"Invalid URL ({call.request.method} {call.request.path})")
 
     def control(self, settings: Json) -> None:
-        """Sets attributes by name; `model` is a name or {"says": text}, `faults` adds some, `reset` comes first.
+        """Sets attributes by name; `model` is a name or {"says": text}, `faults` adds some, `reset` is first.
 
-        A pair of numbers for `think_seconds` or `webhook_delay` is a range. Raises Refusal for a name unknown.
+        A pair of numbers for `think_seconds` or `webhook_delay` is a range. Raises Refusal for what it does
+        not know.
         """
         settings = dict(settings)
         if settings.pop("reset", False):
             self.reset()
         for name, value in settings.items():
-            if name == "model":
-                self.model = says(value["says"]) if isinstance(value, dict) else READY_MODELS[value]
+            if name == "model" and isinstance(value, dict):
+                self.model = says(value["says"])
+            elif name == "model" and value in READY_MODELS:
+                self.model = READY_MODELS[value]
             elif name == "faults":
                 self.faults.extend(Fault(**fault) for fault in value)
+            elif name in ("think_seconds", "webhook_delay") and isinstance(value, list):
+                setattr(self, name, between(*value))
             elif name in SETTINGS:
-                setattr(self, name, between(*value) if isinstance(value, list) else value)
+                setattr(self, name, value)
             else:
-                raise Refusal(400, f"Unknown setting: '{name}'.", param=name)
+                raise Refusal(400, f"Unknown setting: '{name}' = {value!r}.", param=name)
 
 
 SETTINGS = frozenset(name for name in LocalOpenAI.__annotations__ if name not in ("model", "models"))
