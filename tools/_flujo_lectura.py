@@ -1,0 +1,319 @@
+"""What a user's turn says, for the traditional flow: courtesies, questions about a course, and what to search for.
+
+Recognition is data: a table of expressions over words in lower case without accents, in Spanish as it is typed in a
+hurry, English and Portuguese. A team adds a word to a row, or a row, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PALABRAS = 120  # words of a turn that are read
+LISTA = 5  # courses in one answer
+TACHADA = "·"  # stands for a word that a row has taken
+
+
+# --- The words that are understood ----------------------------------------------------------------------------
+
+# A name and an expression a row; a line that begins with blanks goes on with the row above.
+# From top to bottom: words that one row has taken are gone for the rows below; those that no row takes and that are
+# not empty (VACIAS) are searched for.
+PATRONES = r"""
+presentacion  (me llamo|mi nombre es|my name is|me chamo|meu nome e) \w+( (?!y\b|e\b|and\b|quiero\b)[a-z]{3,})?
+presentacion  soy( de)? (?!principiante|novat|nuev)\w+|mucho gusto
+como_estas    (como|q tal|que tal) (estas?|esta usted|estan|te va|le va|les va|andas?|andan|va todo)|como vai
+como_estas    tudo bem|how are you( doing| today)?
+gracias       (much[ai]s? |mil |muito |ok )?
+              (gra[csz]+ias|grac|grax|grcs|thanks|thank you|thx|obrigad[oa]|obg|valeu)
+              ( (por todo|por (la|tu|su) \w+|a ti|so much|very much))*
+gracias       agradec\w+|muy amable|se agradece
+espera        (dame|deme|denme|esperame|dejame|un|aguanta|so) (um? )?(momento|momentito|segundito|minuto|rato|seg)
+espera        espera(me|te)?|(dejame|deja|deixa eu) (ver|pensar|consultar|revisar|checar)(lo)?|un segundo
+espera        lo (voy a pensar|pienso)|(luego|ahorita|despues) (te|les) (digo|aviso|escribo)|(te|les) aviso
+espera        (wait|hold on)( a)?( moment| minute| second)?|one moment
+despedida     adios\w*|chau+|chao|bye+|goodbye|see you( later| soon)?|tchau|ate (logo|mais|amanha)|nos vemos
+despedida     hasta (luego|pronto|manana|la vista|la proxima)|(un )?buen (fin de semana|finde|fin)
+despedida     que (estes?|tengas?|tenga) (muy )?\w+( (dia|tarde))?|(eso|es) (es |seria )?todo
+duda          (tengo )?(una |unas )?(otra )?(dudas?|preguntas?|consultas?)|(quick )?question|uma (duvida|pergunta)
+
+quien_soy     (eres|es|sos|hablo con|e|are you)( una?| a)? (bot|robot|humano|persona|maquina|human|real)|robot|bot
+quien_soy     (con )?quien (eres|sos|hablo|habla|es usted)|quem (e voce|fala)|como te llamas|who are you
+asesor        ((hablar|chatear|comunic\w+|contact\w*|falar|talk|speak) (con |com |a |to |with )?)?(una? |el |la |an )?
+              (ase[sc]or(a|es|as|ia)?|aseror|atendentes?|consultor(a|es)?|advis[oe]rs?|ejecutiv[oa]s?)
+asesor        (hablar|chatear|comunic\w+|contact\w*|falar|talk|speak)( con| com| a| to| with)?
+               (alguien|algu?em|someone|(un |una |uma? |a |la )?(persona|pessoa|person|human[oa]?|agente|encargad[oa]))
+asesor        (persona|pessoa|agente) (real|de verdad|humana?)|un (agente|vendedor|representante|humano)
+asesor        (me )?(pueden|puede|podrian) (llamar|marcar)(me)?|llamenme|me (llaman|marcan)|que me llamen
+asesor        (su|un|algun|tienen|hay|numero de|el|your) (numero de )?(tel(efono)?|whats?app|correo|contacto|phone)
+queja         (nadie|no) (me )?(responden?|contestan?|atienden?|ayudan?)|(que )?mal(isimo)? servicio|que mal
+queja         quejas?|reclam(o|os|ar)|estafa\w*|horrible|inutil\w*|no (me )?sirve[ns]?|malisim\w+|pesim\w+
+
+barato        (el |la |lo |los |las |algo |algun[oa] )?mas (barat|economic)[oa]s?|(algo )?(barat|economic)[oa]s?
+barato        (de )?menor precio|cheap(er|est)?|mais barato
+corto         (el |la |algo )?(mas )?(cort[oa]|rapid[oa]|breve)s?|shortest|mais curto
+pronto        (el |la |cual )?(que )?(empieza|inicia|comienza) (mas pronto|antes|primero)|el mas (proximo|cercano)
+detalle       (mas )?(informes?|infos?|informacion|informacoes|detalles?|datos|details)|saber mas|more info\w*
+detalle       (me )?(cuenta|cuentame|dime|platicame|hablame|explicame) (mas|todo)|tell me more|de que (se )?trata
+mas           (ver|muestra\w*|mostrar|ensename|dame|quiero|hay|tienen|tienes|y|que|cuales|algun[oa]s?)
+               (algo )?(mas|otr[oa]s)( (cursos|opciones|temas|alternativas|tienen|hay|ofrecen))*
+mas           (mas|otr[oa]s) (cursos|opciones|alternativas)|(show me )?more( courses| options)?|outr[oa]s( cursos)?
+catalogo      (que|q|ke|k|cuales|quais|what|which)( son)?( los| otros| os| sao os)?
+               (cursos?|talleres|diplomados|capacitaciones|clases|carreras|opciones|courses|temas)
+              ( (tienen?|tienes|tenes|hay|ofrecen|dan|manejan|imparten|estan|do you have|are there|disponibles))*
+catalogo      (que|q|ke|k) (tienen?|tienes|tenes|ofrecen|dan|ensenan|manejan|venden|hay)( disponibles?)?|catalogos?
+catalogo      oferta (academica|educativa|de cursos)|cursos (disponibles|que (tienen|ofrecen|dan))
+catalogo      (lista|listado) de( los)? cursos|(ver |todos )+(todos |los |sus )*cursos|all (the |your )?courses
+
+enlace        links?|enlaces?|(la|su|una|tienen|your) (pagina( web)?|sitio web|website)
+horario       h?orarios?|que (dias?|horas?)|a que h?ora|turnos?|(los )?(fin(es)? de semana|sabados?|domingos?)
+horario       entre semana|(en|por|de) la (manana|tarde|noche)|timetables?|schedules?|weekends?|what time
+duracion      cuant[oa]s? (\w+ )?(duran?|tiempo|tarda\w*|horas?|semanas?|mes(es)?|clases|sesiones)( (dura|es|son))?
+duracion      (la )?dura(cion|n)?|how long( is it| does it (take|last))?|quanto tempo( dura)?
+pago          (formas?|metodos?|opciones|medios) de (pago|pagamento)|financia(miento|n)|parcel(ar|as|ado)
+pago          (donde |como )?(se |lo |los |te |les )?pag(o|a|as|os|ar|arlo|arles|amos|amento|aria)|pay(ments?)?
+pago          (con |por |en |a )?(tarjetas?|transferencia|deposit[oa]\w*|oxxo|paypal|efectivo|mercado ?pago|plazos
+              |cuotas|mensualidades|abonos|meses( sin intereses)?|msi|pix|boleto|cartao|credit card|cash|yape|nequi
+              |pse|spei)( de credito| de debito)?
+precio        (a |en )?cuant[oa]s? (\w+ )?(\w+ )?(cuest\w*|vale\w*|sale\w*|es|seria|cobran?|esta|estan|son|anda|queda)
+precio        pre[csz]+i?os?|(?<!de )costos?|costes?|(la |de )inversion|tarifas?|colegiaturas?|valor(es)?|cuestan?
+precio        how much( (is|are|does|do)( it| they)?( cost)?)?|prices?|costs?|quanto( (custa\w*|e|sai|fica|vale))?
+precio        (q|k|ke|que) (pre[csz]io|vale)|a como( (esta|es|sale))?|cuanto
+fechas        (para |desde )?cuando
+              ( (\w+ )?(emp[ie]+[zs]\w+|inici\w+|arranc\w+|comien\w+|abren?|hay|es|son|sale|toca))?
+fechas        fechas?( de inicio)?|(empiez|comienz|arranc)an?|inicia[ns]?|inicio|proxim[oa]s? (grupos?|inicios?)
+fechas        (start(ing)? )?dates?|when( (does|do|is) (it|they)( start)?)?|starts?|quando( (comeca\w*|e))?|datas
+fechas        que dia (empiez|inici|comienz|arranc)\w+|calendario|comeca[mr]?
+requisitos    requisit\w*|requer\w+|pre ?requisit\w*|requirements?|conocimientos?( previos?)?|saber algo
+requisitos    (que|algo) (necesito|ocupo|se necesita|se ocupa|piden|hace falta|debo)( (saber|tener|llevar|para))*
+requisitos    (necesito|hay que|tengo que|debo) (saber|tener|llevar)( (algo|antes|previamente))*|what do i need
+modalidad     modalidad(es)?|en ?linea|on ?line|(?<!asistente )(?<!realidad )virtual(es)?|presencial(es)?
+modalidad     hibrid[oa]s?|a distancia|por zoom|en vivo|por internet|in person|desde (mi )?casa|grabad[oa]s
+docente       (el |la |que |quien es el |quien es la |los |su |the )?
+              (profes?|profesor\w*|docentes?|instructor\w*|teachers?|ponentes?|facilitador\w*)
+docente       quien (lo |la |los )?(da|imparte|ensena|dicta|dara)
+temario       temari\w*|(el |que |los |cuales son los )?temas?|(?<!de )contenidos?|programa|modulos?|syllabus
+temario       que (\w+ )?(\w+ )?(ve|ven|vemos|aprend\w+|ensena|incluye\w*|abarca|trae|cubre)|plan de estudios?
+temario       what (will i|do you|do i|does it) (learn|teach|cover)|o que (se )?aprend\w+
+certificado   certifica(do|dos|n|te)|certificates?|diploma|constancias?|reconocimiento|avalad[oa]|validez
+factura       factura(s|n|r|me)?|cfdi|invoices?|nota fiscal
+direccion     (donde|onde) (es|son|estan?|quedan?|se (ubican?|encuentran?|dan?)|fica|estao)( \w*ubicad[oa]s)?
+direccion     (la |su )?(direccion|ubicacion)(?! de)|sucursal\w*|sedes?|domicilio|de donde son
+direccion     en que (ciudad|parte|lugar)( estan| es)?|where( (are you|is it))?( located)?|address
+descuento     descuentos?|promo(s|cion|ciones)?|beca(s|dos?|rme)?|rebajas?|cupon(es)?|discounts?|descontos?|2x1
+descuento     (esta |es |sale |muy )+car[oa]|ofertas?
+inscripcion   (como |donde |quiero |quisiera |puedo |para |me )*(in?s?cri[bvp]\w*|inscricao)( (me|al|a|en|yo))*
+inscripcion   (me )?(matricul|registr)\w+|(me )?(apunto|anoto)|(apuntar|anotar|apartar|reservar)(me|lo)?
+inscripcion   (how (do|can) i )?(to )?(enroll?|sign( me)? up|join)( in| for)?|enroll?ment|(lo )?comprar?(lo)?
+inscripcion   (hay |quedan |tienen )?(cupos?|lugares|vagas|vacantes)|lo (tomo|quiero|compro)
+inscripcion   como (le )?(hago|hacemos) para (entrar|tomarlo)|como (entro|ingreso|empiezo|participo)
+inscripcion   quiero (entrar|tomarlo|ingresar)
+interes       (me )?(interesa\w*|gusta\w*|late|convence|encanta)|im interested|quiero (ese|este|esa|esta)|gostei
+mas           (ver )?mas|mais
+otro          (el|la) otr[oa]|the other( one)?|o outro
+ambos         amb[oa]s|(l[oa]s|de l[oa]s) dos|los 2|both|os dois
+acuerdo       esta bien|muy bien|que bien
+senala        (de |del |a |por |para )?
+              (es[eao]|est[eo]|esta$|aquel|aquell[ao]|el mismo|dicho|that( one)?|this( one)?|esse|essa|isso)
+              ( mismo| curso)?
+senala        (el|del|este|ese) curso
+
+medida        (las )?(\d{1,3}|un|una|dos|tres|cuatro|cinco) (de )?
+              (enero|febrero|marzo|abril|mayo|junio|julio|agosto|se[pt]+iembre|octubre|noviembre|diciembre|am|pm|anos?
+              |horas?|hrs?|dias?|semanas?|mes|meses|personas?|pesos|dolares|hij[oa]s?|cursos|minutos?|years?|dollars)
+medida        (primera|segunda|tercera|ultima) (vez|parte)|las \d{1,2}
+
+ayuda         (me )?(ayud\w*|ajuda\w*)|help( me)?|menu|opciones|que (puedes|sabes) hacer|instrucciones
+ayuda         como funciona( esto)?|no (te |le |les )?(entiendo|entendi)|nao entendi|i dont understand
+saludo        (ey |hey )?(h?ol+[ai]+s*|holi+s*|hey+|hi+|hello+|oi+|opa|alo|wenas|weenas|que onda|que hubo|que tal)
+saludo        buen[oa]?s? (dias?|tardes?|noches?)|buenas|bom dia|boa (tarde|noite)|good (morning|afternoon|evening)
+saludo        saludos|q tal
+risa          (ja|je|ji|ha|he|hua){2,}\w?|lol|xd+|k{3,}|rs(rs)+
+si            si+p?|sim|yes|yeah|yep|sure|claro que si|por supuesto|obvio|si claro
+no            no+|nop|nope|nah|nao|ningun[oa]?|asi esta bien|nada( mas)?
+acuerdo       ok(ay|is|i|ey|a)?|va|vale|dale|listo|perfect[oa]?|excelente|genial|super|de acuerdo|bueno|entiendo
+acuerdo       entendido|ya( veo)?|claro|chevere|bacan[oa]?|barbaro|great|got it|beleza|sale|orale|ah+|oh+|m{2,}
+"""
+
+# What a turn without a word says by its signs.
+SIGNOS: tuple[tuple[str, str], ...] = (
+    ("saludo", "👋🤝"),
+    ("gracias", "🙏💐🌹"),
+    ("acuerdo", "👍👌✅💪👏🆗💯"),
+    ("risa", "😂🤣😆😅"),
+    ("ayuda", "?¿❓❔"),
+    ("si", "✔☑"),
+    ("no", "👎❌"),
+)
+
+# Words that carry no subject: what they leave is searched for.
+VACIAS = frozenset(
+    """a al algo alguien algun alguna alguno algunos ahi ahora ahorita antes aqui asi aun aunque bien buen
+    buena cada casi como con cosa cosas cual cuales da dan dar das de del decir desde dices di dime disculpa
+    disculpe donde e el ella ellos en entonces entrar era es eso esta estan estaba estar este estoy fue
+    gente gustaria gusta ha hacen hacer hace haces han hasta hay he hoy ir la las le les lo los luego
+    manejan me mi mis mucho mucha muchos muchas misma mismo momento muy nada necesito ni nos o ofrecen otra
+    otro para pero perdon perdona pf por porfa porfavor porfis porque preguntar puede pueden puedes podria
+    podrian podrias pues puedo q que queria querer quien quiere quiero quisiera quieres saber se sea ser si
+    sobre solo son soy su sus tal tambien tan tanto te tema tendran tener tendria tengo tiene tienen tienes
+    tenes ti todo todos trabajo tu un una unos usted ustedes va van vamos ver vez voy x xfa y ya yo favor
+    aceptan reciben hijo hija hijos one aprender aprendo estudiar tomar llevar hago hice dijo dije digo oye
+    oiga oigan mira miren che wey guey parce amigo amiga senor senorita joven buscando busco buscaba ando
+    queremos interesado interesada consulta duda mejor curso cursos cursito clase clases taller talleres
+    diplomado diplomados capacitacion capacitaciones carrera quede quedo pasa pasame pasan pase mandame
+    manda mandan envia enviame envian dame deme denme darme vos preciso the of for and to in with my about
+    any an do does you your have has i im id am is are on at be it can could would want need like looking
+    course courses class classes please there what which where how or tell learn some s t os as um uma no na
+    nas em eu voce voces tem vc vcs com dos quero gostaria meu minha aula aulas mais tenho fazer qual quais
+    ter vou so pra""".split()
+)
+PIDE = re.compile(
+    r"\b(cursos?|clases?|taller(es)?|diplomados?|capacitacion(es)?|aprender|estudiar|busco|buscando|tienen?|tienes|tenes|"
+    r"ofrecen|ensenan|quiero|quisiera|necesito|interesa\w*|courses?|learn|want|aulas?|quero|tem)\b"
+)
+NIVELES: Mapping[str, re.Pattern[str]] = {
+    "basico": re.compile(
+        r"(basic[oa]?s?|principiantes?|cero|inicial(es)?|beginners?|iniciantes?|introductori[oa]|novat[oa]s?)"
+    ),
+    "intermedio": re.compile(r"(intermedi[oa]s?|intermediate|intermediario)"),
+    "avanzado": re.compile(r"(avan[sczx]+ad[oa]s?|advanced|expert[oa]s?|avancad[oa])"),
+}
+# Positions of a list; "the one about excel" and "um curso" are none.
+_ORDINALES = "primer segund tercer cuart quint sext septim octav noven decim"
+NUMEROS: Mapping[str, int] = {
+    **{palabra: n for n, palabra in enumerate("uno dos tres cuatro cinco seis siete ocho nueve diez".split(), 1)},
+    **{raiz + fin: n for n, raiz in enumerate(_ORDINALES.split(), 1) for fin in ("o", "a", "")},
+    **{f"{n}{fin}": n for n in range(1, 10) for fin in ("ro", "ra", "er", "do", "da", "to", "ta", "st", "nd", "rd")},
+    **dict(first=1, second=2, third=3, fourth=4, fifth=5, two=2, three=3, four=4, five=5),
+    **dict(primeiro=1, primeira=1, segunda=2, terceiro=3, terceira=3, quarto=4, dois=2, quatro=4),
+    **dict(ultimo=-1, ultima=-1, last=-1),
+    **{str(n): n for n in range(1, 100)},
+}
+_POSICION = re.compile(
+    rf"(?<!\S)(?:(?:el|la|lo|al|del|opcion|numero|num|nro|n|no|curso|the|o|do|option|number|y|and|e) )+"
+    rf"(?P<n>{'|'.join(sorted(NUMEROS, key=len, reverse=True))})(?!\S)"
+)
+
+# --- Reading --------------------------------------------------------------------------------------------------
+
+SANGRIA = 14  # columns before the expression of a row
+
+
+def _expresiones(tabla: str) -> list[tuple[str, re.Pattern[str]]]:
+    """The rows of a table such as PATRONES, each as its name and a pattern over whole words."""
+    filas: list[tuple[str, str]] = []
+    for linea in filter(str.strip, tabla.split("\n")):
+        nombre, expresion = linea[:SANGRIA].strip(), linea[SANGRIA:]
+        if not nombre:
+            nombre, anterior = filas.pop()
+            expresion = anterior + expresion
+        filas.append((nombre, expresion))
+    return [(nombre, re.compile(rf"(?<!\S)(?:{expresion})(?!\S)")) for nombre, expresion in filas]
+
+
+_EXPRESIONES = _expresiones(PATRONES)
+_PALABRA = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_PRIVADO = re.compile(r"\S+@\S+\.\w+|https?://\S+|www\.\S+|\+?\d[\d ().-]{7,}\d")
+_CODIGO = re.compile(r"(?<![^\W_])[^\W\d_]{2,6}(?:[-_ ]?\d{3,4}|[-_]?\d{1,2})(?![^\W_])")
+_ENMIENDA = re.compile(
+    r"(?:^|[\n,.;!])\s*(?:no,|perd[oó]n\b|digo\b|mejor dicho\b|quise decir\b|me equivoqu[eé]\b|corrijo\b)", re.I
+)
+_ENLACE = re.compile(r"(?:del?|do|da|sobre|en|about|on|of|cursos?|clases?|courses?) (?:los |las |la |el )?$")
+
+
+@dataclass(frozen=True)
+class Lectura:
+    """What a turn says. `tema` is what to search for, as it was written; `numeros` are positions in a list, -1 the
+    last one; `explicita` tells that the subject is asked for ("curso de…", "tienen…") rather than just said."""
+
+    dice: frozenset[str] = frozenset()
+    tema: tuple[str, ...] = ()
+    numeros: tuple[int, ...] = ()
+    codigos: tuple[str, ...] = ()
+    niveles: tuple[str, ...] = ()
+    explicita: bool = False
+
+    @property
+    def asunto(self) -> tuple[str, ...]:
+        """The subject without the words for a level."""
+        return tuple(palabra for palabra in self.tema if nivel_de(palabra) is None)
+
+
+def leer(texto: str) -> Lectura:
+    """What a turn's text says; an empty Lectura for one that says nothing."""
+    texto = _enmendado(_visible(texto))
+    publico, privados = _PRIVADO.subn(" ", texto)
+    codigos = tuple(dict.fromkeys(_CODIGO.findall(publico)))[:3]
+    palabras = [(palabra, llana(palabra)) for palabra in _PALABRA.findall(publico)[:PALABRAS]]
+    palabras = [(palabra, limpia) for palabra, limpia in palabras if limpia]
+    frase, dice = _tachar(" ".join(limpia for _, limpia in palabras))
+    numeros = tuple(NUMEROS[posicion["n"]] for posicion in _POSICION.finditer(frase))
+    restos = _POSICION.sub(_tachadas, frase).split()
+    quedan = [par for par, resto in zip(palabras, restos, strict=True) if resto != TACHADA and _dice_algo(par[1])]
+    if all(limpia in NUMEROS for _, limpia in quedan):
+        numeros, quedan = (*(NUMEROS[limpia] for _, limpia in quedan), *numeros), []
+    return Lectura(
+        dice=frozenset([*dice, *(["datos_personales"] if privados else []), *([] if palabras else _signos(texto))]),
+        tema=tuple(palabra for palabra, _ in quedan),
+        numeros=numeros[:LISTA],
+        codigos=codigos,
+        niveles=tuple(dict.fromkeys(nivel for palabra, _ in quedan if (nivel := nivel_de(palabra)))),
+        explicita=_se_pide(" ".join(limpia for _, limpia in palabras), quedan),
+    )
+
+
+def llana(palabra: str) -> str:
+    """A word in lower case, without accents and with no letter three times in a row: "Holaaa" is "hola"."""
+    letras = "".join(letra for letra in unicodedata.normalize("NFKD", palabra[:40].lower()) if letra.isalnum())
+    return re.sub(r"([^\W\dk_])\1{2,}", r"\1", letras)
+
+
+def nivel_de(palabra: str) -> str | None:
+    """The level that a word names (basico, intermedio, avanzado); None for any other word."""
+    return next((nivel for nivel, expresion in NIVELES.items() if expresion.fullmatch(llana(palabra))), None)
+
+
+def _visible(texto: str) -> str:
+    """A text without control and direction characters."""
+    return "".join(letra if letra == "\n" or unicodedata.category(letra)[0] != "C" else " " for letra in texto)
+
+
+def _enmendado(texto: str) -> str:
+    """What counts of a text that corrects itself: "el 2, perdón, el 3" is "el 3"."""
+    *_, ultimo = _ENMIENDA.split(texto)
+    return ultimo if _PALABRA.search(ultimo) else texto
+
+
+def _tachar(frase: str) -> tuple[str, list[str]]:
+    """The phrase with the words that rows of PATRONES took struck out, and the names of those rows."""
+    dice = []
+    for nombre, expresion in _EXPRESIONES:
+        frase, veces = expresion.subn(_tachadas, frase)
+        if veces:
+            dice.append(nombre)
+    return frase, dice
+
+
+def _tachadas(hallazgo: re.Match[str]) -> str:
+    """As many marks as the words that were found."""
+    return " ".join(TACHADA for _ in hallazgo[0].split())
+
+
+def _dice_algo(limpia: str) -> bool:
+    """Whether a word may be searched for."""
+    return limpia not in VACIAS and (len(limpia) > 1 or limpia.isdigit())
+
+
+def _se_pide(frase: str, quedan: list[tuple[str, str]]) -> bool:
+    """Whether the phrase asks for its subject, as in "curso de cocina", rather than just says it."""
+    if not quedan:
+        return False
+    antes = frase.partition(quedan[0][1])[0]
+    return bool(PIDE.search(frase) or _ENLACE.search(antes))
+
+
+def _signos(texto: str) -> list[str]:
+    """What a turn without a word says by an emoji or a question mark."""
+    return [nombre for nombre, signos in SIGNOS if any(signo in texto for signo in signos)][:1]
