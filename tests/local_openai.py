@@ -56,7 +56,7 @@ Model = Callable[[Json, list[Json]], "Answer"]
 log = logging.getLogger("local_openai")
 
 TERMINAL = frozenset({"completed", "failed", "incomplete", "cancelled"})
-CREATE_PARAMS = frozenset(ResponseCreateParamsNonStreaming.__annotations__) | {"store", "stream"}
+CREATE_PARAMS = frozenset(ResponseCreateParamsNonStreaming.__annotations__)
 AUDIO_SUFFIXES = ("flac", "m4a", "mp3", "mp4", "mpeg", "mpga", "oga", "ogg", "wav", "webm")
 AUDIO_LIMIT = 25 * 1024 * 1024
 THREADS = 8
@@ -730,7 +730,8 @@ class Fault:
     """What goes wrong with the next `repeat` requests that match: hang, then an error or a cut connection.
 
     With neither `status` nor `cut` the request is only slow. `after_work=True`: OpenAI has done what it was
-    asked before it hangs or answers the error.
+    asked before it hangs or answers the error. `match` is a path prefix, perhaps after a method: "POST
+    /v1/responses" takes cancels too, "POST /v1/responses$" does not.
     """
 
     match: str
@@ -759,7 +760,7 @@ class Fault:
 
 
 class Gate:
-    """Where matching requests wait: `arrived` is set when one is there, `release()` lets all go on."""
+    """Where requests that match, as in Fault, wait: `arrived` is set by the first, `release()` frees all."""
 
     def __init__(self, match: str, before_work: bool) -> None:
         check_pattern(match)
@@ -1370,13 +1371,13 @@ class LocalOpenAI:
         with self._lock:
             record = self.submit(body)
             accepted = json.dumps(record.body).encode()
-        if self.webhook_early:
-            self._think(record, early=True)
-            self._hold(record.notified, 10)
-        elif not record.body["background"]:
+        if not record.body["background"]:
             self._hold(record.done, 600)
             with self._lock:
                 return json.dumps(record.body).encode()
+        if self.webhook_early:
+            self._think(record, early=True)
+            self._hold(record.notified, 10)
         return accepted
 
     def submit(self, body: Json) -> ResponseRecord:
@@ -1386,7 +1387,7 @@ class LocalOpenAI:
         with self._lock:
             self._share_tools(body)
             record = self._accept(body, items)
-        if not self.webhook_early:
+        if not (self.webhook_early and record.body["background"]):
             self._clock.after(0, self._think, record)
         return record
 
@@ -1477,7 +1478,7 @@ class LocalOpenAI:
         """The answer becomes the response's output, and input and output join the conversation."""
         answer = record.answer
         with self._lock:
-            if record.status in TERMINAL or answer is None:
+            if record.status in TERMINAL or answer is None or record.id not in self.responses:
                 return
             body = record.body
             if answer.status == "failed":
@@ -1504,7 +1505,8 @@ class LocalOpenAI:
             elif self.failed_turn_keeps_input:
                 conversation.items += record.input_items
         record.done.set()
-        self._announce(record)
+        if record.body["background"]:
+            self._announce(record)
 
     def _response(self, given: str) -> ResponseRecord:
         record = self.responses.get(given)

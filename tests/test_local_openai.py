@@ -400,8 +400,9 @@ def test_without_the_lock_overlaps_are_seen(server: LocalOpenAI, client: openai.
 
 
 def test_server_that_ignores_background_answers_when_done(server: LocalOpenAI, client: openai.OpenAI) -> None:
-    server.ignores_background = True
+    server.ignores_background, server.webhook_url = True, "http://127.0.0.1:9/"
     made = create(client)
+    assert server.deliveries == []
     assert made.status == "completed" and made.output_text == "Eco: hola"
     with pytest.raises(openai.BadRequestError, match="synchronous"):
         client.responses.cancel(made.id)
