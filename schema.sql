@@ -168,7 +168,8 @@ $$;
 CREATE OR REPLACE FUNCTION receive_message(
     p_sid text, p_from text, p_to text, p_external text, p_profile text, p_body text, p_raw jsonb, p_opt text,
     p_burst double precision, p_at timestamptz
-) RETURNS TABLE (run_id bigint, held boolean, state text) LANGUAGE plpgsql AS $$
+) RETURNS TABLE (id bigint, held boolean, seconds double precision) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
 DECLARE
     who text;
     message_id bigint;
@@ -192,11 +193,11 @@ BEGIN
             mode_run = NULL WHERE u.user_phone = who AND (p_opt = 'out' OR u.mode = 'out');
     END IF;
     RETURN QUERY INSERT INTO runs AS r (user_phone, due_at, pending) VALUES (who, now() + p_burst * interval '1 s', 1)
-        ON CONFLICT (user_phone) WHERE runs.state <> 'done' DO UPDATE SET
+        ON CONFLICT (user_phone) WHERE state <> 'done' DO UPDATE SET
             pending = r.pending + 1, wakes = r.wakes + 1,
             due_at = CASE WHEN r.held OR r.state <> 'queued' OR r.tries > 0 THEN r.due_at
                 ELSE least(excluded.due_at, r.created_at + 5 * greatest(p_burst, 0.2) * interval '1 s') END
-        RETURNING r.id, r.held, r.state;
+        RETURNING r.id, r.held, extract(epoch FROM r.due_at - now())::float8;
 END $$;
 
 -- Leave a user's conversation for good: nothing said so far is told to the next one, and OpenAI's copy is deleted.

@@ -135,7 +135,7 @@ class Context:
 
     def send(self, part: str | Part) -> None:
         """Queue one more part, which leaves just before this run's reply."""
-        self.services.send(self, part)
+        self.services.send_part(self, part)
 
     def download(self, media: Media, limit: int = 16 * 1024 * 1024) -> bytes:
         """Return a file that came with a message, at most `limit` bytes; raises ToolError when it cannot be had."""

@@ -1,0 +1,207 @@
+"""The pool of PostgreSQL connections, the statements of queries.sql by name, and the schema's migration."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import select
+import ssl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pg8000.native
+
+from settings import ConfigurationError
+
+HERE = Path(__file__).parent
+CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
+MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock
+
+
+def load_queries(path: Path = HERE / "queries.sql") -> dict[str, str]:
+    """Return the statements of a file by the name in the line `-- name: …` above each."""
+    sections = re.split(r"(?m)^-- name: (\w+)$", path.read_text("utf-8"))
+    # Comments go: pg8000 would take a colon in one for a parameter.
+    return {name: re.sub(r"(?m)--.*$", "", sql).strip() for name, sql in zip(sections[1::2], sections[2::2], strict=True)}
+
+
+QUERIES = load_queries()
+
+
+class DatabaseFault(Exception):
+    """A statement that PostgreSQL refused. Holds SQLSTATE and constraint only: the rest may quote a user."""
+
+    def __init__(self, sqlstate: str, constraint: str = ""):
+        super().__init__(f"SQLSTATE {sqlstate}{' ' + constraint if constraint else ''}")
+        self.sqlstate = sqlstate
+
+
+class DatabaseDown(Exception):
+    """No connection to the database can be had."""
+
+
+def connection_options(url: str) -> dict[str, Any]:
+    """Return pg8000's arguments for a DATABASE_URL (libpq's form); raises ConfigurationError without quoting it."""
+    try:
+        parts = urlsplit(url)
+        query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+        if parts.scheme not in ("postgres", "postgresql") or not parts.path.strip("/"):
+            raise ValueError
+        host, port = unquote(parts.hostname or "") or query.get("host", "localhost"), parts.port or 5432
+        mode = query.get("sslmode", "prefer")
+    except ValueError:
+        raise ConfigurationError("DATABASE_URL=(secret) cannot be used: it needs postgresql://…/database") from None
+    options = {
+        "user": unquote(parts.username or query.get("user", "postgres")),
+        "password": unquote(parts.password) if parts.password else None,
+        "database": unquote(parts.path.strip("/")),
+        "application_name": "hilo",
+        "startup_params": {"statement_timeout": "15000"},
+    }
+    if host.startswith("/"):
+        return {**options, "unix_sock": f"{host}/.s.PGSQL.{port}", "ssl_context": False}
+    return {**options, "host": host, "port": port, "ssl_context": tls(mode, query.get("sslrootcert"))}
+
+
+def tls(mode: str, root: str | None) -> ssl.SSLContext | bool | None:
+    """Return pg8000's ssl_context for an sslmode; None takes TLS where the server offers it, unverified."""
+    if mode in ("disable", "allow"):
+        return False
+    if mode == "prefer":
+        return None
+    if mode == "require":
+        return True
+    if mode not in ("verify-ca", "verify-full"):
+        raise ConfigurationError(f"DATABASE_URL: sslmode={mode!r} is none of disable, prefer, require, verify-ca, verify-full")
+    context = ssl.create_default_context(cafile=root)
+    context.check_hostname = mode == "verify-full"
+    return context
+
+
+class Database:
+    """A small pool of connections, opened when needed, each with its prepared statements."""
+
+    # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
+    LOST = ("57P01", "57P02", "57P03", "08000", "08003", "08006", "0A000")
+
+    def __init__(self, url: str, connections: int = 4):
+        self.options = connection_options(url)
+        self.idle: queue.LifoQueue[pg8000.native.Connection | None] = queue.LifoQueue()
+        for _ in range(connections):
+            self.idle.put(None)
+
+    def connect(self) -> pg8000.native.Connection:
+        """Return a new connection; raises DatabaseDown."""
+        try:
+            connection = pg8000.native.Connection(timeout=CONNECT_TIMEOUT, **self.options)
+            connection._usock.settimeout(30)
+        except (pg8000.native.Error, OSError) as error:
+            raise DatabaseDown(f"cannot connect: {fault_of(error)}") from None
+        connection.statements = {}
+        return connection
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[pg8000.native.Connection]:
+        """Lend a live connection; one that failed is thrown away, never handed out again."""
+        try:
+            connection = self.idle.get(timeout=CONNECT_TIMEOUT)
+        except queue.Empty:
+            raise DatabaseDown("all connections are in use") from None
+        try:
+            if connection is None or hung_up(connection):
+                discard(connection)
+                connection = None  # what follows may raise: the place goes back to the pool empty
+                connection = self.connect()
+            yield connection
+        except (pg8000.native.InterfaceError, OSError) as error:
+            discard(connection)
+            connection = None
+            raise DatabaseDown(fault_of(error)) from None
+        except pg8000.native.DatabaseError as error:
+            fields = error.args[0] if error.args and isinstance(error.args[0], dict) else {}
+            if fields.get("C") not in self.LOST:
+                raise DatabaseFault(fields.get("C", "?"), fields.get("n", "")) from None
+            discard(connection)
+            connection = None
+            raise DatabaseDown(f"SQLSTATE {fields.get('C')}") from None
+        finally:
+            self.idle.put(connection)
+
+    def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Return the rows of one statement, which is one transaction; raises DatabaseFault or DatabaseDown."""
+        with self.connection() as connection:
+            statement = connection.statements.get(sql)
+            if statement is None:
+                statement = connection.statements[sql] = connection.prepare(sql)
+            found = statement.run(**(params or {}))
+            names = [column["name"] for column in statement.columns or ()]
+            return [dict(zip(names, row, strict=True)) for row in found or ()]
+
+    def all(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
+        """Return the rows of the statement of that name in queries.sql."""
+        return self.rows(QUERIES[name], params)
+
+    def one(self, name: str, /, **params: Any) -> dict[str, Any] | None:
+        """Return the first row of the statement of that name, None where there is none."""
+        return next(iter(self.rows(QUERIES[name], params)), None)
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                discard(self.idle.get_nowait())
+
+
+def fault_of(error: BaseException) -> str:
+    """Return what a database error may say in a log: SQLSTATE, or the system's own words."""
+    if error.args and isinstance(error.args[0], dict):
+        return f"SQLSTATE {error.args[0].get('C', '?')}"
+    return type(error).__name__ if not isinstance(error, OSError) else os.strerror(error.errno or 0)
+
+
+def hung_up(connection: pg8000.native.Connection) -> bool:
+    """Tell whether an idle connection has something to say unasked: then the server has closed it."""
+    poll = select.poll()  # not select(): a busy process has descriptors above 1,024
+    poll.register(connection._usock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def discard(connection: pg8000.native.Connection | None) -> None:
+    """Close a connection that may be broken."""
+    with contextlib.suppress(Exception):
+        if connection is not None:
+            connection.close()
+
+
+def schema_version(text: str) -> int:
+    """Return the number in the first line of schema.sql."""
+    return int(text.splitlines()[0].removeprefix("-- version:"))
+
+
+def migrate(url: str) -> bool:
+    """Apply schema.sql where it is missing or old; return whether it was. Raises DatabaseDown or DatabaseFault."""
+    text = (HERE / "schema.sql").read_text("utf-8")
+    database = Database(url, 1)
+    try:
+        with database.connection() as connection:
+            connection._usock.settimeout(None)
+            connection.run("SET statement_timeout = 0")
+            connection.run(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")  # two processes at once: one waits, then finds it done
+            if installed_version(connection) >= schema_version(text):
+                return False
+            connection.run(f"BEGIN;\n{text}\nCOMMIT")
+            return True
+    finally:
+        database.close()
+
+
+def installed_version(connection: pg8000.native.Connection) -> int:
+    """Return the version of the schema in a database, 0 where there is none."""
+    if not connection.run("SELECT to_regclass('hilo')")[0][0]:
+        return 0
+    rows = connection.run("SELECT value FROM hilo WHERE key = 'schema_version'")
+    return int(rows[0][0]) if rows else 0

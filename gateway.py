@@ -1,0 +1,1147 @@
+"""Hilo: a WhatsApp gateway for OpenAI assistants, to be read from top to bottom as a message's journey.
+
+PostgreSQL is the only state. A message is committed before Twilio gets its 200; a run is a row that workers
+advance one step at a time; webhooks and polls only wake a row. The tables and their states are in schema.sql, the
+statements that move a run in queries.sql.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import hashlib
+import hmac
+import json
+import logging
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+from xml.sax.saxutils import escape
+
+import bottle
+import pydantic_core
+import waitress
+from twilio.request_validator import RequestValidator, get_signature_algorithm
+
+from database import Database, DatabaseDown, DatabaseFault, migrate
+from runs import GRACE, Alarm, LeaseLost, Run, Runs, Workers
+from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
+from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, parts_of
+from tools._plugins import UNKNOWN_OUTCOME, Plugins, ToolCall, problem
+from tools._textos import idioma_de, texto
+from upkeep import Upkeep
+from whatsapp import (
+    CALL_TIMEOUT,
+    InDoubt,
+    NotSent,
+    Refused,
+    WhatsApp,
+    cut,
+    message_of,
+    plain_input,
+    retry_after,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.responses import Response, ResponseFunctionToolCall
+
+HERE = Path(__file__).parent
+VERSION = "1.0.0"
+TOOL_ROUNDS = 8  # responses of one run that may end in tool calls
+TOOL_OUTPUT = 40_000  # characters of a tool's output that the model gets
+TRIES = 3  # responses of one run that may come to nothing before the fallback answers
+CRASHES = 3  # claims in a row that found the lease run out before plugins are left aside
+SEED_MESSAGES = 20  # lines of the transcript that a new conversation is told; OpenAI takes no more per create
+POLLS_PER_SECOND = 100.0
+BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
+SEND_FOR = 24 * 3600.0  # seconds a reply is tried for; WhatsApp's window is shut afterwards
+DRAIN = 25.0  # seconds that SIGTERM leaves to the steps in hand
+
+log = logging.getLogger("hilo")
+
+
+# --- Inbox: one commit for each message -------------------------------------------------------------------
+
+OPT_OUT = frozenset({"baja", "stop", "cancelar suscripcion", "darme de baja", "unsubscribe", "sair"})
+OPT_IN = frozenset({"alta", "start", "unstop"})
+
+
+class BadRequest(Exception):
+    """A webhook that cannot be taken: its HTTP status and one line that says why."""
+
+    def __init__(self, status: int, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+def store_inbound(db: Database, form: Mapping[str, str], burst: float, at: datetime | None = None) -> dict[str, Any] | None:
+    """Store one message of Twilio's form and make or refresh its user's run; None where its sid is known."""
+    form = {key: value.replace("\x00", "") for key, value in form.items()}
+    missing = [key for key in ("MessageSid", "From", "To") if not form.get(key)]
+    if missing:
+        raise BadRequest(400, f"the form lacks {', '.join(missing)}")
+    sender, text = form["From"], form.get("Body", "")
+    handle = sender.removeprefix("whatsapp:")
+    return db.one(
+        "receive",
+        sid=form["MessageSid"], sender=sender, own=form["To"], profile=form.get("ProfileName", "")[:200], body=text,
+        external=form.get("ExternalUserId") or (None if handle.startswith("+") else handle),
+        raw=json.dumps(form), opt=opt_word(text), burst=burst_of(text, form, burst), at=at and at.isoformat(),
+    )  # fmt: skip
+
+
+def opt_word(text: str) -> str | None:
+    """Return "out" for a message that is an opt-out word and nothing more, "in" for the word to return."""
+    word = " ".join(re.sub(r"[^\w\s]", "", text).lower().split())
+    return "out" if word in OPT_OUT else "in" if word in OPT_IN else None
+
+
+def burst_of(text: str, form: Mapping[str, str], burst: float) -> float:
+    """Return how long to wait for more, in seconds: less where the message looks complete."""
+    if opt_word(text) or text.startswith("/") or form.get("ButtonPayload"):
+        return 0.0
+    complete = text.rstrip().endswith(("?", ".", "!")) or len(text) > 80
+    return burst / 3 if complete else burst
+
+
+# --- Threads and responses: the OpenAI side ---------------------------------------------------------------
+
+
+class Breaker:
+    """After `limit` failures in a row OpenAI is left alone, but for one probe every `pause` seconds."""
+
+    def __init__(self, limit: int = 5, pause: float = 15.0):
+        self.limit, self.pause = limit, pause
+        self.failures, self.next_probe = 0, 0.0
+        self.lock = threading.Lock()
+
+    def allows(self) -> bool:
+        """Tell whether a new turn may go to the model; while open, the one that is allowed is the probe."""
+        with self.lock:
+            if self.failures < self.limit:
+                return True
+            if time.monotonic() < self.next_probe:
+                return False
+            self.next_probe = time.monotonic() + self.pause
+            return True
+
+    def failed(self) -> None:
+        """Count a failure of OpenAI itself."""
+        with self.lock:
+            self.failures += 1
+            if self.failures == self.limit:
+                self.next_probe = time.monotonic() + self.pause
+                log.error("⚠️ OpenAI failed %d times in a row: the traditional flow answers", self.failures)
+
+    def succeeded(self) -> None:
+        """Take note that OpenAI answered."""
+        if self.failures:
+            with self.lock:
+                if self.failures >= self.limit:
+                    log.info("✅ OpenAI is back")
+                self.failures = 0
+
+
+class Pacer:
+    """Hands out moments for polls: each run no faster than its own interval, all together within the budget."""
+
+    def __init__(self, per_second: float = POLLS_PER_SECOND):
+        self.gap = 1 / per_second
+        self.next = 0.0
+        self.lock = threading.Lock()
+
+    def delay(self, least: float) -> float:
+        """Return in how many seconds to poll, at least `least`."""
+        with self.lock:
+            now = time.monotonic()
+            slot = max(self.next, now + least)
+            if slot == self.next or least < 1:
+                self.next = max(self.next, now) + self.gap
+            return slot - now
+
+
+class Trouble(enum.Enum):
+    """What an error of OpenAI asks for."""
+
+    RETRY = "retry"  # nothing was begun: the same again, a little later
+    ROTATE = "rotate"  # the conversation is no use, or what became of the call is unknown
+    GIVE_UP = "give up"  # it would fail again
+
+
+def trouble_of(error: openai.APIError) -> tuple[Trouble, float]:
+    """Return what to do about an error, and after how many seconds."""
+    import httpx2
+    import openai
+
+    if isinstance(error, openai.APIConnectionError):
+        refused = isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout))
+        return (Trouble.RETRY if refused else Trouble.ROTATE), 0.5
+    if not isinstance(error, openai.APIStatusError):
+        return Trouble.ROTATE, 0.5
+    if error.status_code == 429:
+        if error.code == "insufficient_quota":
+            return Trouble.GIVE_UP, 0
+        return Trouble.RETRY, retry_after(error.response.headers, 1.0)
+    if error.status_code >= 500:
+        return Trouble.ROTATE, retry_after(error.response.headers, 0.5)
+    if error.code == "conversation_locked":
+        return Trouble.RETRY, 0.5
+    if error.status_code in (400, 404, 409) and error.code not in ("model_not_found", "invalid_function_parameters"):
+        return Trouble.ROTATE, 0
+    return Trouble.GIVE_UP, 0
+
+
+class ThreadsAdapter:
+    """One OpenAI conversation a user, one response a step (https://platform.openai.com/docs/api-reference/responses)."""
+
+    def __init__(self, settings: Settings, db: Database, tools_by_name: Mapping[str, Tool]):
+        self.settings, self.db, self.tools = settings, db, tools_by_name
+        self.breaker = Breaker()
+        self.pacer = Pacer()
+
+    @cached_property
+    def client(self) -> openai.OpenAI:
+        """The SDK's client, made once; retries are the run row's business."""
+        import openai
+
+        key = self.settings.openai_api_key
+        return openai.OpenAI(
+            api_key=key.get_secret_value() if key else "", base_url=self.settings.openai_base_url, max_retries=0,
+            timeout=CALL_TIMEOUT,
+        )  # fmt: skip
+
+    @cached_property
+    def safety_secret(self) -> bytes:
+        """The key of the HMAC that stands for a user's address at OpenAI."""
+        row = self.db.one("get", key="safety_secret")
+        return row["value"].encode() if row else b""
+
+    def warm(self) -> None:
+        """Pay for imports and first calls before the first user waits for them."""
+        _ = self.client.responses, self.client.conversations
+        if self.settings.openai_webhook_secret:
+            with contextlib.suppress(Exception):
+                self.unwrap(b"{}", {})
+
+    def unwrap(self, body: bytes, headers: Mapping[str, str]) -> Any:
+        """Return a webhook's event, verified (https://www.standardwebhooks.com); raises where anything is wrong."""
+        secret = self.settings.openai_webhook_secret
+        return self.client.webhooks.unwrap(body, headers, secret=secret.get_secret_value() if secret else None)
+
+    def get_or_create_thread_id(self, run: Run) -> str:
+        """Return the user's conversation; a new one is told the last messages of our own transcript."""
+        row = self.db.one("thread", u=run.user_phone)
+        if row and row["thread_id"].startswith("conv_"):
+            run.log.info("🧵 Thread ID: %s (reused)", row["thread_id"])
+            return row["thread_id"]
+        if row:
+            run.log.warning("⚠️ thread %s is of the Assistants API, which is gone: replaced", row["thread_id"])
+        seeds = [
+            {"type": "message", "role": turn.role, "content": turn.text[:4000]}
+            for turn in history(self.db, run.user_phone, SEED_MESSAGES, run.id)
+        ]
+        thread_id = self.client.conversations.create(items=seeds, timeout=run.patience).id  # type: ignore[arg-type]
+        saved = self.db.one("save_thread", thread=thread_id, id=run.id, a=run.attempt)
+        if not saved:
+            raise LeaseLost
+        run.log.info("🧵 Thread ID: %s (created, %d messages told)", thread_id, len(seeds))
+        return thread_id
+
+    def start_run(self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]]) -> Response:
+        """Start one response on the run's conversation. There is no idempotency here: the caller marks the row first."""
+        body: dict[str, Any] = {"tools": self.definitions(assistant), "input": input_items}
+        if assistant.reasoning_effort:
+            body["reasoning"] = {"effort": assistant.reasoning_effort}
+        if assistant.max_output_tokens:
+            body["max_output_tokens"] = assistant.max_output_tokens
+        return self.client.responses.create(
+            model=assistant.model,
+            instructions=f"{assistant.instructions}\n\nHoy es {datetime.now(UTC):%Y-%m-%d}.",
+            conversation=run.thread_id,
+            background=True,
+            store=True,
+            metadata={"run": str(run.id)},
+            safety_identifier=hmac.new(self.safety_secret, run.user_phone.encode(), hashlib.sha256).hexdigest(),
+            extra_body=body,  # past the SDK's typed parameters, whose transformation costs twice the call
+            timeout=max(1.0, run.seconds_left),
+        )
+
+    def tools_of(self, assistant: Assistant) -> dict[str, Tool]:
+        """Return the tools that an assistant may call, by name."""
+        return {name: t for name, t in self.tools.items() if assistant.tools is None or name in assistant.tools}
+
+    def definitions(self, assistant: Assistant) -> list[dict[str, Any]]:
+        """Return what an assistant may call, as OpenAI takes it."""
+        functions = [tool.definition for tool in self.tools_of(assistant).values()]
+        stores = list(assistant.vector_stores)
+        search = {"type": "file_search", "vector_store_ids": stores, "max_num_results": assistant.max_results}
+        return [*functions, search] if stores else functions
+
+    def poll_run(self, run: Run) -> Response:
+        """Return the run's response as it is now; never waits for the model."""
+        return self.client.responses.retrieve(run.response_id or "", timeout=run.patience)
+
+    def cancel(self, response_id: str) -> Response | None:
+        """Cancel a response (idempotent) and return what became of it, None where OpenAI does not say."""
+        import openai
+
+        try:
+            return self.client.responses.cancel(response_id, timeout=5.0)
+        except openai.APIError as error:
+            log.warning("⚠️ cancel of %s: %s", response_id, type(error).__name__)
+            return None
+
+    def delete_thread(self, thread_id: str) -> int:
+        """Delete a conversation's items, then it; return how many items. What is gone already is no error."""
+        import openai
+
+        count = 0
+        with contextlib.suppress(openai.NotFoundError, openai.BadRequestError):
+            for item in self.client.conversations.items.list(thread_id, limit=100):
+                with contextlib.suppress(openai.NotFoundError):
+                    self.client.conversations.items.delete(item.id or "", conversation_id=thread_id)
+                    count += 1
+            self.client.conversations.delete(thread_id)
+        return count
+
+
+def fetch_last_assistant_message(response: Response) -> str:
+    """Return the text of a response, or the model's refusal; "" where it has neither."""
+    contents = [part for item in response.output if item.type == "message" for part in item.content]
+    return "\n".join(part.text if part.type == "output_text" else part.refusal for part in contents).strip()
+
+
+def history(db: Database, address: str, n: int, run_id: int | None) -> list[Turn]:
+    """Return the last `n` lines said before a run, oldest first, none from before a fresh start."""
+    rows = db.all("history", u=address, n=n, run=run_id)
+    return [Turn("user" if r["direction"] == "in" else "assistant", said(r), r["at"]) for r in reversed(rows)]
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """Return a line of the transcript as text."""
+    if row["direction"] == "out":
+        return row["body"] or f"[{row['media_url'] or 'plantilla'}]"
+    return row["input"] if isinstance(row["input"], str) else plain_input(message_of(row))
+
+
+# --- The journey: one step at a time ----------------------------------------------------------------------
+
+
+class Journey:
+    """Advances a claimed run: queued, waiting, sending, done. `advance` is the whole story."""
+
+    def __init__(self, settings: Settings, db: Database, plugins: Plugins, wake_in: Callable[[float], None]):
+        self.settings, self.db, self.plugins = settings, db, plugins
+        self.runs = Runs(db, settings, wake_in)
+        self.threads = ThreadsAdapter(settings, db, plugins.tools)
+        self.whatsapp = WhatsApp(settings)
+        self.assistants, self.bad_assistants = load_assistants()
+        self.events = Events(plugins)
+
+    def advance(self, run: Run) -> None:
+        """Take a run as far as it goes without waiting; LeaseLost means that another worker has it."""
+        step("claimed", run)
+        if run.creating:  # a create was begun and whoever began it is gone: what became of it is not known
+            self.runs.rotate(run, "a response may have been made that nobody knows of")
+        while run.held:
+            if run.state == "queued":
+                self.start(run)
+            elif run.state == "waiting":
+                self.follow(run)
+            elif run.state == "sending":
+                self.deliver(run)
+
+    # queued: the messages are taken, and somebody is asked
+
+    def start(self, run: Run) -> None:
+        """Take the waiting messages; answer by plugin, by assistant or by the traditional flow."""
+        if not self.runs.take(run):
+            return self.done(run)
+        step("taken", run)
+        if run.crashes >= CRASHES:
+            return self.fall_back(run, "error")
+        self.intercept(run)
+        open_rows = [row for row in run.turn if row["reply"] is None]
+        if not open_rows or run.mode != "bot":
+            return self.runs.write(run, self.replies(run), "intercepted")
+        reason = self.why_not(run)
+        if reason:
+            return self.fall_back(run, reason)
+        assistant = self.assistant_for(run, message_of(open_rows[-1]))
+        if assistant is None:
+            return self.fall_back(run, "no_assistant")
+        self.ask(run, assistant, lambda: [*self.inputs(run, open_rows), *self.calls_so_far(run)])
+
+    def why_not(self, run: Run) -> str | None:
+        """Return the reason why this turn is not for the model, None where it is."""
+        if not self.settings.threads_integration_enabled:
+            return "disabled"
+        if not self.settings.openai_api_key:
+            return "no_assistant"
+        if run.seconds_left <= 0:
+            return "timeout"
+        if run.tries >= TRIES:
+            return "error"
+        return None if self.threads.breaker.allows() else "openai_down"
+
+    def assistant_for(self, run: Run, message: Message) -> Assistant | None:
+        """Return the assistant that a plugin chose, else the one of ASSISTANT_ID; None where there is none."""
+        context = self.context(run)
+        chosen = self.plugins.first("choose_assistant", str, message=message, context=context)
+        if chosen and chosen not in self.assistants:
+            run.log.warning("⚠️ choose_assistant named %r, which is not in assistants/", chosen)
+            chosen = None
+        run.assistant = chosen or self.settings.assistant_id
+        return self.assistants.get(run.assistant or "")
+
+    def intercept(self, run: Run) -> None:
+        """Ask the plugins about each message in order; an answer is kept with the message and not asked for again."""
+        for row in run.turn:
+            if row["reply"] is not None:
+                continue
+            if row["opt"]:
+                parts: list[Part] | None = self.opt(run, row)
+            elif run.mode == "out":
+                parts = []
+            else:
+                arguments = {"message": message_of(row), "context": self.context(run)}
+                parts = self.plugins.first("incoming_message", parts_of, **arguments)
+            if parts is not None:
+                row["reply"] = pydantic_core.to_jsonable_python(parts)
+                self.db.one("save_reply", id=row["id"], reply=json.dumps(row["reply"]))
+                run.mode = (self.db.one("mode", u=run.user_phone) or {"mode": run.mode})["mode"]
+
+    def opt(self, run: Run, row: Mapping[str, Any]) -> list[Part]:
+        """Confirm that a user leaves or returns: the mode itself was set when the message was received."""
+        self.db.one("own_mode", run=run.id, u=run.user_phone)
+        self.tell("opted_" + row["opt"], run)
+        return [Part(text=texto("baja" if row["opt"] == "out" else "alta", idioma_de(row["body"])))]
+
+    def replies(self, run: Run) -> list[Part]:
+        """Return what plugins answered to the messages of this turn, in order."""
+        return [Part(**part) for row in run.turn for part in row["reply"] or ()]
+
+    def inputs(self, run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the turn's messages as input items, asking the plugins once about each."""
+        for row in rows:
+            if row["input"] is None:
+                row["input"] = self.read(run, message_of(row))
+                if not isinstance(row["input"], str) or row["input"] != row["body"]:
+                    self.db.one("save_input", id=row["id"], input=json.dumps(row["input"]))
+        items = [{"role": "user", "content": row["input"]} for row in rows]
+        late = self.unread_before(run, rows[0]) if rows else None
+        return [{"role": "developer", "content": late}, *items] if late else items
+
+    def unread_before(self, run: Run, row: Mapping[str, Any]) -> str | None:
+        """Return a note for the model where the first message was written before the last answer reached the user."""
+        last = self.db.one("written_before", u=run.user_phone, id=run.id)
+        if last and last["written_at"] > row["at"]:
+            return "Tu respuesta anterior se envió antes de que leyeras lo que sigue; el usuario lo escribió sin haberla visto."
+        return None
+
+    def read(self, run: Run, message: Message) -> str | list[dict[str, Any]]:
+        """Return what the model reads for a message, from the first plugin that knows its kind."""
+        if message.media:
+            self.runs.renew(run, 3 * CALL_TIMEOUT)
+        context = self.context(run)
+        found = self.plugins.first("message_to_input", model_input, message=message, context=context)
+        return plain_input(message) if found is None else found
+
+    # asking: the one call whose outcome can stay unknown
+
+    def ask(self, run: Run, assistant: Assistant, items: Callable[[], list[dict[str, Any]]], round_: int = 0) -> None:
+        """Start a response and save its id, having marked the row first."""
+        import openai
+
+        try:
+            content = items()
+            if run.state == "queued":
+                run.thread_id = self.threads.get_or_create_thread_id(run)
+                step("thread", run)
+            seconds = max(1.0, run.seconds_left)
+            self.runs.renew(run, seconds, "begin_create", thread=run.thread_id, assistant=assistant.name)
+            run.creating = True
+            run.check_lease()
+            response = self.threads.start_run(run, assistant, content)
+        except openai.APIError as error:
+            return self.mend(run, error)
+        step("created", run)
+        self.threads.breaker.succeeded()
+        self.save_response(run, assistant, response, round_)
+
+    def save_response(self, run: Run, assistant: Assistant, response: Response, round_: int) -> None:
+        """Save a response's id; one that is at its end already is looked at without putting the run down."""
+        ended = response.status not in ("queued", "in_progress")
+        net = self.poll_delay(0)
+        try:
+            row = self.runs.fenced(
+                run, "save_response", resp=response.id, model=assistant.model, round=round_, held=ended, net=net,
+                assistant=assistant.name, u=run.user_phone, thread=run.thread_id,
+            )  # fmt: skip
+        except LeaseLost:
+            self.threads.cancel(response.id)
+            raise
+        run.state, run.response_id, run.creating, run.rounds = "waiting", response.id, False, run.rounds + round_
+        step("waiting", run)
+        if ended:
+            return self.judge(run, response)
+        run.held = False
+        self.runs.wake_in(row["seconds"])
+
+    def poll_delay(self, age: float) -> float:
+        """Return in how many seconds to look at a response that is `age` seconds old; a webhook comes sooner."""
+        if self.settings.openai_webhook_secret:
+            return self.threads.pacer.delay(5.0)
+        return self.threads.pacer.delay(min(5.0, max(0.3, age / 8)))
+
+    def mend(self, run: Run, error: openai.APIError) -> None:
+        """Decide what follows an error of OpenAI: again, on a new conversation, or without the model."""
+        trouble, seconds = trouble_of(error)
+        status = getattr(error, "status_code", None)
+        run.log.warning("⚠️ OpenAI: %s %s %s", type(error).__name__, status or "", error.code or "")
+        if status is None or status >= 500 or status in (401, 403, 429):
+            self.threads.breaker.failed()
+        if trouble is Trouble.GIVE_UP:
+            return self.fall_back(run, "openai_down")
+        if run.tries + 1 >= TRIES or run.seconds_left < seconds + 1:
+            return self.fall_back(run, "openai_down")
+        if trouble is Trouble.RETRY:
+            if not (error.code == "conversation_locked" and run.tries):
+                return self.runs.put_down(run, seconds * 2**run.tries, tries=1)
+        self.runs.rotate(run, error.code or type(error).__name__)
+        if seconds:
+            self.runs.put_down(run, seconds * 2**run.tries)
+
+    # waiting: the response is looked at, its tool calls are answered
+
+    def follow(self, run: Run) -> None:
+        """Look at the run's response."""
+        import openai
+
+        if run.crashes >= CRASHES:
+            return self.fall_back(run, "error")
+        try:
+            response = self.threads.poll_run(run)
+            self.threads.breaker.succeeded()
+        except openai.NotFoundError:
+            return self.runs.rotate(run, f"response {run.response_id} is not there")
+        except openai.APIError as error:
+            run.log.warning("⚠️ poll failed: %s", type(error).__name__)
+            self.threads.breaker.failed()
+            if run.seconds_left <= 0:
+                return self.fall_back(run, "timeout")
+            return self.runs.put_down(run, min(1.0, run.seconds_left))
+        self.judge(run, response)
+
+    def judge(self, run: Run, response: Response) -> None:
+        """Go on with a response as its status says."""
+        if response.status in ("queued", "in_progress"):
+            if run.seconds_left > 0:
+                return self.runs.put_down(run, self.poll_delay(time.time() - response.created_at))
+            late = self.threads.cancel(response.id)  # look before giving up: it may have just come
+            if late is None or late.status != "completed":
+                return self.fall_back(run, "timeout")
+            response = late
+        self.note(response)
+        calls = [item for item in response.output if item.type == "function_call"]
+        text = fetch_last_assistant_message(response)
+        if response.status == "completed" and calls:
+            return self.use_tools(run, response, calls)
+        if response.status in ("completed", "incomplete") and text:
+            return self.reply(run, text, leave=response.status != "completed")
+        self.came_to_nothing(run, response)
+
+    def came_to_nothing(self, run: Run, response: Response) -> None:
+        """A response failed, was cancelled or says nothing: once more on a new conversation, or the fallback."""
+        code = response.error.code if response.error else response.status
+        if code in ("server_error", "rate_limit_exceeded"):
+            self.threads.breaker.failed()
+        if run.tries + 1 < TRIES and run.seconds_left > 3 and code in ("server_error", "rate_limit_exceeded", "completed"):
+            self.runs.rotate(run, f"the response ended as {code}")
+            return self.runs.put_down(run, 0.5)
+        run.log.warning("⚠️ response %s ended as %s", response.id, code)
+        self.fall_back(run, "timeout" if run.seconds_left <= 0 else "error")
+
+    def note(self, response: Response) -> None:
+        """Keep how a response ended and what it cost."""
+        usage = response.usage
+        tokens = {"i": usage.input_tokens if usage else None, "o": usage.output_tokens if usage else None}
+        self.db.one("note_response", id=response.id, status=response.status, **tokens)
+
+    def use_tools(self, run: Run, response: Response, calls: list[ResponseFunctionToolCall]) -> None:
+        """Run a response's tool calls, in parallel, and start the next response with all their outputs."""
+        assistant = self.assistants.get(run.assistant or "")
+        if assistant is None or run.rounds >= TOOL_ROUNDS or run.seconds_left <= 0:
+            run.log.warning("⚠️ no more tool calls after %d rounds", run.rounds)
+            return self.fall_back(run, "timeout" if run.seconds_left <= 0 else "error")
+        outputs = self.answer_tool_calls(run, assistant, response, calls)
+        step("tools", run)
+        self.ask(run, assistant, lambda: outputs, round_=1)
+
+    def answer_tool_calls(
+        self, run: Run, assistant: Assistant, response: Response, calls: list[ResponseFunctionToolCall]
+    ) -> list[dict[str, Any]]:
+        """Return an output for every call, each recorded by its call_id; one recorded already is not run again."""
+        tools = self.threads.tools_of(assistant)
+        rows = [{"call_id": c.call_id, "name": c.name, "arguments": c.arguments} for c in calls]
+        ids = [call.call_id for call in calls]
+        longest = max((tools[c.name].timeout for c in calls if c.name in tools), default=0.0)
+        begun = self.runs.renew(run, longest, "begin_calls", resp=response.id, calls=json.dumps(rows), ids=ids)["known"] or {}
+        run.check_lease()
+        jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
+        for job in jobs:
+            if job is not None:
+                job.wait(time.monotonic() + max(0.1, run.seconds_left - 1.0))
+        outputs = {row["call_id"]: row["output"] for row in self.db.all("outputs", ids=ids)}
+        return [{"type": "function_call_output", "call_id": id, "output": outputs[id]} for id in ids]
+
+    def begin_call(self, run: Run, call: ResponseFunctionToolCall, tool: Tool | None, before: str | None) -> ToolCall | None:
+        """Start a call in a thread of its own; None where its output is known. `before`: what an earlier worker left."""
+        save = partial(self.save_output, run, call)
+        if before:
+            return None
+        if tool is None:
+            save(problem(f"no existe la herramienta {call.name}"), False, 0)
+        elif before == "" and tool.side_effects:  # begun by a worker that is gone: not a second time
+            save(UNKNOWN_OUTCOME, False, 0)
+        else:
+            return ToolCall(tool, call.arguments, self.context(run), save)
+        return None
+
+    def save_output(self, run: Run, call: ResponseFunctionToolCall, output: str, ok: bool, milliseconds: int) -> bool:
+        """Record a call's output; False where it has one already, which stays. A fact, so it needs no fence."""
+        if not self.db.one("save_output", id=call.call_id, output=output[:TOOL_OUTPUT], ok=ok, ms=milliseconds):
+            return False
+        if ok:
+            run.log.info("🔧 Tool ejecutado: %s (%d ms)", call.name, milliseconds)
+        else:
+            run.log.warning("⚠️ Tool fallido: %s (%d ms)", call.name, milliseconds)
+        return True
+
+    def calls_so_far(self, run: Run) -> list[dict[str, Any]]:
+        """Return this run's calls and outputs as items, for a conversation that has not seen them."""
+        items: list[dict[str, Any]] = []
+        for row in self.db.all("calls_of_run", id=run.id):
+            tool = self.plugins.tools.get(row["name"])
+            if row["output"] is None and not (tool and tool.side_effects):
+                continue
+            items.append({"type": "function_call", **{key: row[key] for key in ("call_id", "name", "arguments")}})
+            output = row["output"] or UNKNOWN_OUTCOME
+            items.append({"type": "function_call_output", "call_id": row["call_id"], "output": output})
+        return items
+
+    # the reply: written first, then sent
+
+    def reply(self, run: Run, text: str, leave: bool) -> None:
+        """Write the model's answer as parts."""
+        message = self.last_message(run)
+        parts = self.plugins.first("format_reply", parts_of, text=text, message=message, context=self.context(run))
+        parts = [Part(text=text)] if parts is None else parts
+        self.runs.write(run, [*self.replies(run), *sized(parts)], "answered", leave=leave)
+        step("written", run)
+
+    def fall_back(self, run: Run, reason: str) -> None:
+        """Write the traditional flow's answer; the conversation, which lacks it, is left behind."""
+        if run.response_id and run.state == "waiting" and reason != "timeout":
+            self.threads.cancel(run.response_id)
+        message = self.last_message(run)
+        parts = None
+        if run.crashes < CRASHES:
+            arguments = {"message": message, "reason": reason, "context": self.context(run)}
+            parts = self.plugins.first("fallback_reply", parts_of, **arguments)
+        if parts is None:
+            parts = [Part(text=texto("disculpa", idioma_de(message.text)))]
+        run.log.info("⚠️ Flujo tradicional: %s", reason)
+        self.runs.write(run, [*self.replies(run), *sized(parts)], "fallback", reason, leave=True)
+        step("written", run)
+
+    def last_message(self, run: Run) -> Message:
+        """Return the last message of the turn, having read the turn where another claim took it."""
+        if not run.turn:
+            run.turn = self.db.all("turn", id=run.id)
+        return message_of(run.turn[-1])
+
+    # sending: one part after the other
+
+    def deliver(self, run: Run) -> None:
+        """Send the parts that are not sent yet, in order; put the run down where one has to wait."""
+        if not self.settle_doubt(run):
+            return
+        while True:
+            part = self.next_part(run)
+            if part is None:
+                return self.done(run)
+            if part["state"] == "withheld":
+                run.log.info("🤐 Part withheld: the user is in mode %s", part["mode"])
+            elif part["hold_for"] is not None:
+                return self.runs.put_down(run, part["hold_for"])
+            elif not self.send(run, part):
+                return
+
+    def next_part(self, run: Run) -> dict[str, Any] | None:
+        """Return the next part, now in state `sending`; None where all have been dealt with."""
+        row = self.runs.renew(run, CALL_TIMEOUT, "next_part")
+        return row if row["id"] else None
+
+    def send(self, run: Run, part: Mapping[str, Any]) -> bool:
+        """Hand one part to Twilio; False where the run was put down to try again."""
+        run.check_lease()
+        try:
+            sid = self.whatsapp.send(part, part["address"], run.own_number)
+        except Refused as refusal:
+            self.refused(run, part, refusal)
+            return True
+        except NotSent as delay:
+            self.back_to_queue(run, part, str(delay), max(delay.seconds, min(60, 2 ** part["sends"])))
+            return False
+        except InDoubt as doubt:
+            run.log.warning("⚠️ Part in doubt: %s", doubt)
+            self.runs.put_down(run, CALL_TIMEOUT + GRACE)
+            return False
+        step("accepted", run)
+        self.sent(part["id"], sid)
+        step("sent", run)
+        return True
+
+    def sent(self, part_id: int, sid: str) -> None:
+        """Record Twilio's sid for a part: a fact, so it needs no fence, and a callback may have been faster."""
+        self.db.one("sent", id=part_id, sid=sid)
+
+    def back_to_queue(self, run: Run, part: Mapping[str, Any], why: str, seconds: float) -> None:
+        """Try a part again later: it was certainly not sent. After a day it is given up."""
+        row = self.runs.fenced(run, "not_sent", part=part["id"], long=SEND_FOR)
+        run.log.warning("⚠️ Part not sent (%s): %s", why, "given up" if row["state"] == "failed" else f"again in {seconds:.0f} s")
+        self.runs.put_down(run, seconds)
+
+    def refused(self, run: Run, part: Mapping[str, Any], refusal: Refused) -> None:
+        """Twilio will not take a part: it and what was to follow it to that address end as failed, with the code."""
+        self.db.all("refused", code=refusal.code, run=run.id, u=part["user_phone"], part=part["id"])
+        run.log.warning("⚠️ Part refused: %s", refusal)
+        self.tell("message_failed", run, code=refusal.code)
+
+    def settle_doubt(self, run: Run) -> bool:
+        """Find out what became of a part that a broken call or a crash left in `sending`; False to wait."""
+        part = self.db.one("in_doubt", id=run.id)
+        if part is None:
+            return True
+        wait = CALL_TIMEOUT + GRACE - part["age"]  # until then a call that somebody still holds may reach Twilio
+        if wait > 0:
+            self.runs.put_down(run, wait)
+            return False
+        self.runs.renew(run, CALL_TIMEOUT)
+        try:
+            sid = self.whatsapp.find(part, part["address"], self.known_sids)
+        except NotSent as delay:
+            run.log.warning("⚠️ %s", delay)
+            self.runs.put_down(run, delay.seconds)
+            return False
+        if sid is None:
+            run.log.info("📤 Part was not sent before: it goes again")
+            self.back_to_queue(run, part, "Twilio does not have it", 0)
+            return False
+        run.log.info("📤 Part had been sent: %s", sid)
+        self.sent(part["id"], sid)
+        return True
+
+    def known_sids(self, sids: list[str]) -> set[str]:
+        """Return those of `sids` that belong to rows of ours."""
+        return {row["sid"] for row in self.db.all("known_sids", sids=sids)}
+
+    def done(self, run: Run) -> None:
+        """End the turn, and say how it went."""
+        facts = self.db.one("delivery", id=run.id) or {}
+        lost = facts["lost"] > 0
+        row = self.runs.finish(run, "undelivered" if lost else None, str(facts["code"]) if lost else None)
+        seconds = f"{row['seconds']:.1f}".replace(".", ",")
+        count = f"{facts['sent']} parte{'s' if facts['sent'] != 1 else ''}"
+        if facts["sent"]:
+            run.log.info("📤 Respuesta enviada (%s, %s s desde el mensaje)", count, seconds)
+        run.log.info("%s %s", "⚠️" if lost else "✅", row["outcome"])
+        step("done", run)
+        self.tell("run_finished", run, outcome=row["outcome"], seconds=row["seconds"])
+
+    # what plugins are given
+
+    def context(self, run: Run) -> Context:
+        """Return what a hook or a tool may use during this turn."""
+        turn = tuple(message_of(row) for row in run.turn)
+        return Context(
+            run.id, run.user_phone, run.profile_name, run.assistant, self.settings, run.log, turn, services=self
+        )
+
+    def query(self, sql: str, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Context.query: one statement on the pool."""
+        return self.db.rows(sql, params)
+
+    def history(self, address: str, n: int, run_id: int | None) -> list[Turn]:
+        """Context.history: the transcript before this turn."""
+        return history(self.db, address, n, run_id)
+
+    def send_part(self, context: Context, part: str | Part) -> None:
+        """Context.send: one more part of the run, which leaves before its reply."""
+        for piece in sized(parts_of(part)):
+            self.db.one(
+                "queue_part", to=piece.to or context.address, text=piece.text, run=context.run_id, media=piece.media_url,
+                content=piece.content_sid, variables=json.dumps(dict(piece.variables)) if piece.variables else None,
+            )  # fmt: skip
+
+    def download(self, media: Media, limit: int) -> bytes:
+        """Context.download: a file from Twilio."""
+        return self.whatsapp.download(media, limit)
+
+    def openai(self) -> Any:
+        """Context.openai: the SDK's client."""
+        if not self.settings.openai_api_key:
+            raise ToolError("OPENAI_API_KEY is not set")
+        return self.threads.client
+
+    def tell(self, name: str, run: Run, **data: Any) -> None:
+        """Put an event before the track_event plugins, outside the journey."""
+        self.events.put(Event(name, datetime.now(UTC), run.id, run.user_phone, data))
+
+
+def step(name: str, run: Run) -> None:
+    """Name a point between two durable states in the log; the kill tests stop a process at one."""
+    run.log.debug("· %s", name)
+
+
+def model_input(value: Any) -> str | list[dict[str, Any]]:
+    """Return what message_to_input gave; raises TypeError for anything but a text or input content parts."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        return value
+    raise TypeError(f"message_to_input returns a text or a list of input content parts, not {type(value).__name__}")
+
+
+def sized(parts: list[Part]) -> list[Part]:
+    """Return parts of which none is longer than Twilio takes."""
+    whole = []
+    for part in parts:
+        pieces = cut(part.text)
+        head = [Part(text=piece, to=part.to) for piece in pieces[:-1]]
+        last = Part(pieces[-1] if pieces else "", part.media_url, part.content_sid, part.variables, part.to)
+        whole += [*head, last]
+    return whole
+
+
+class Events:
+    """Hands events to the track_event plugins in a thread of its own, so that no turn waits for them."""
+
+    def __init__(self, plugins: Plugins):
+        self.plugins = plugins
+        self.waiting: queue.Queue[Event] = queue.Queue(10_000)
+        self.thread = threading.Thread(target=self.work, name="events", daemon=True)
+
+    def put(self, event: Event) -> None:
+        """Queue an event; where nobody listens, or too many wait, it is dropped."""
+        if self.plugins.implementations("track_event"):
+            with contextlib.suppress(queue.Full):
+                self.waiting.put_nowait(event)
+
+    def work(self) -> None:
+        """Call the plugins for one event after the other, for ever."""
+        while True:
+            self.plugins.each("track_event", event=self.waiting.get())
+
+
+# --- Web: what Twilio, OpenAI and operators call ----------------------------------------------------------
+
+NO_REPLY = '<?xml version="1.0" encoding="UTF-8"?><Response/>'
+STATES = {"accepted": "sent", "scheduled": "sent", "queued": "sent", "sending": "sent", "sent": "sent",
+          "delivered": "delivered", "read": "read", "undelivered": "undelivered", "failed": "failed"}  # fmt: skip
+
+
+def read_form(request: Any) -> dict[str, str]:
+    """Return the fields of a form body, blank ones too; raises BadRequest."""
+    if request.content_type.partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
+        raise BadRequest(415, "the body is no application/x-www-form-urlencoded form")
+    body = request.environ["wsgi.input"].read(BODY_LIMIT + 1)
+    if len(body) > BODY_LIMIT:
+        raise BadRequest(413, f"the body is larger than {BODY_LIMIT} bytes")
+    try:
+        return dict(parse_qsl(body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=500))
+    except UnicodeDecodeError:
+        raise BadRequest(400, "the body is not UTF-8") from None
+    except ValueError as error:
+        raise BadRequest(400, f"the body is no form: {error}") from None
+
+
+class Gateway:
+    """The parts of one process, and the web application in front of them."""
+
+    def __init__(self, settings: Settings, database_url: str):
+        self.settings = settings
+        self.db = Database(database_url, settings.db_connections)
+        self.plugins = Plugins()
+        self.alarm = Alarm()
+        self.workers = Workers(settings, self.db, self.alarm)
+        self.journey = Journey(settings, self.db, self.plugins, self.workers.woken)
+        self.chores: list[Callable[[], None]] = [self.workers.replace_stuck]
+        self.upkeep = Upkeep(self)
+        self.last_event: datetime | None = None
+
+    def start(self) -> None:
+        """Start everything but the web server."""
+        self.journey.events.thread.start()
+        self.workers.start(self.journey)
+        if self.settings.worker_threads:
+            self.upkeep.thread.start()
+            if self.settings.openai_api_key:
+                threading.Thread(target=self.journey.threads.warm, daemon=True).start()
+
+    def stop(self) -> None:
+        """Finish the steps in hand, within DRAIN seconds; what is left is a row."""
+        until = time.monotonic() + DRAIN - 2
+        self.upkeep.stopping.set()
+        self.workers.stop(until)
+        self.db.close()
+
+    def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:
+        """Store an inbound message and wake its run; False where it was known."""
+        run = store_inbound(self.db, form, self.settings.burst_seconds, at)
+        if run and not run["held"]:
+            self.workers.woken(max(0.0, run["seconds"]))
+        return run is not None
+
+    def app(self) -> bottle.Bottle:
+        """Return the WSGI application."""
+        app = bottle.Bottle()
+        app.route("/", callback=self.health)
+        app.route("/webhooks/twilio", "POST", self.twilio_webhook)
+        app.route("/webhooks/twilio/status", "POST", self.status_webhook)
+        app.route("/webhooks/openai", "POST", self.openai_webhook)
+        app.route("/webhooks/openai/health", callback=self.openai_health)
+        app.default_error_handler = lambda error: self.plain(error.status_code, error.status_line)
+        context = Context(settings=self.settings, log=log, services=self.journey)
+        self.plugins.each("register_routes", app=app, context=context)
+        return app
+
+    @staticmethod
+    def plain(status: int, text: str, kind: str = "text/plain") -> Any:
+        """Return a small answer."""
+        return bottle.HTTPResponse(text, status, headers={"Content-Type": f"{kind}; charset=utf-8"})
+
+    def signed_form(self, request: Any) -> dict[str, str]:
+        """Return the fields of a request that Twilio signed (https://www.twilio.com/docs/usage/security); raises
+        BadRequest with the reason."""
+        secret = self.settings.webhook_secret
+        if not secret or not self.settings.origin:
+            lacking = "PUBLIC_URL" if secret else "TWILIO_AUTH_TOKEN"
+            raise BadRequest(503, f"{lacking} is not set, so signatures cannot be checked")
+        signature = request.get_header("X-Twilio-Signature")
+        if not signature:
+            raise BadRequest(403, "the X-Twilio-Signature header is missing")
+        form = read_form(request)
+        algorithm = get_signature_algorithm(request.get_header("X-Twilio-Webhooks-Signature-Settings"))
+        url = self.settings.origin + request.environ["REQUEST_URI"]
+        try:
+            valid = RequestValidator(secret).validate(url, form, signature, algorithm)
+        except (ValueError, TypeError):
+            valid = False
+        if not valid:
+            raise BadRequest(403, "the signature does not match: check TWILIO_AUTH_TOKEN and PUBLIC_URL")
+        return form
+
+    def twilio_webhook(self) -> Any:
+        """Take an inbound message: one commit, then 200 with no reply. It is answered over the REST API."""
+        form: dict[str, str] = {}
+        try:
+            form = self.signed_form(bottle.request)
+            if not self.receive(form):
+                log.info("%s received again: nothing to do", form["MessageSid"])
+        except BadRequest as refusal:
+            log.warning("⚠️ webhook refused (%d): %s", refusal.status, refusal)
+            return self.plain(refusal.status, str(refusal))
+        except (DatabaseDown, DatabaseFault) as error:
+            log.error("⚠️ message %s not stored: %s; it will be fetched from Twilio", form.get("MessageSid"), error)
+            self.upkeep.outage()
+            sentence = escape(texto("caida", idioma_de(form.get("Body", ""))))
+            return self.plain(200, f"<Response><Message>{sentence}</Message></Response>", "text/xml")
+        return self.plain(200, NO_REPLY, "text/xml")
+
+    def status_webhook(self) -> Any:
+        """Take what became of a part; the row's id is in the URL that we gave Twilio."""
+        try:
+            form = self.signed_form(bottle.request)
+            state = STATES.get(form.get("MessageStatus", ""))
+            part = bottle.request.query.get("m", "")
+            code = form.get("ErrorCode", "")
+            row = state and self.db.one(
+                "part_status", id=int(part) if part.isdigit() else None, sid=form.get("MessageSid"), state=state,
+                code=int(code) if code.isdigit() else None,
+            )  # fmt: skip
+        except BadRequest as refusal:
+            log.warning("⚠️ callback refused (%d): %s", refusal.status, refusal)
+            return self.plain(refusal.status, str(refusal))
+        except (DatabaseDown, DatabaseFault) as error:
+            return self.plain(503, str(error))
+        if row and row["wake"]:
+            self.workers.woken(0)
+        if row and row["state"] in ("failed", "undelivered"):
+            log.warning("⚠️ run=%s %s part %s: %s", row["run_id"], mask(row["user_phone"]), row["state"], row["error_code"])
+            self.journey.events.put(Event("message_failed", datetime.now(UTC), row["run_id"], row["user_phone"],
+                                          {"code": row["error_code"]}))  # fmt: skip
+        return self.plain(200, NO_REPLY, "text/xml")
+
+    def openai_webhook(self) -> Any:
+        """Wake the run of a response that ended; the event says no more than its id."""
+        if not self.settings.openai_webhook_secret:
+            return self.plain(404, "OPENAI_WEBHOOK_SECRET is not set")
+        try:
+            body = bottle.request.environ["wsgi.input"].read(BODY_LIMIT)
+            headers = {name.lower(): value for name, value in bottle.request.headers.items()}
+            event = self.journey.threads.unwrap(body, headers)
+            response_id = str(event.data.id)
+        except Exception as error:  # the SDK raises many kinds, each of which means that the event is not to be believed
+            log.warning("⚠️ OpenAI webhook refused: %s", type(error).__name__)
+            return self.plain(400, "the webhook's signature or body is not valid")
+        self.last_event = datetime.now(UTC)
+        if str(event.type).startswith("response.") and response_id.startswith("resp_"):
+            try:
+                row = self.db.one("wake_by_response", resp=response_id[:200])
+            except (DatabaseDown, DatabaseFault) as error:
+                return self.plain(503, str(error))  # OpenAI sends it again
+            if row and not row["held"]:
+                self.workers.woken(0)
+        return self.plain(200, "")
+
+    def openai_health(self) -> Any:
+        """Say whether OpenAI's webhook is configured, and when its last event came."""
+        configured = self.settings.openai_webhook_secret is not None
+        return {"configured": configured, "last_event": self.last_event and self.last_event.isoformat()}
+
+    def health(self) -> Any:
+        """Say how each part is: 200 when messages can be taken and answered, 503 when not. No secret in it."""
+        problem, runs = None, []
+        try:
+            runs = self.db.all("open_runs")
+        except (DatabaseDown, DatabaseFault) as error:
+            problem = str(error)
+        state = {
+            "status": "ok" if problem is None and self.journey.whatsapp.configured else "error",
+            "version": VERSION,
+            "database": {"ok": problem is None, "error": problem},
+            "assistant": self.assistant_state(),
+            "twilio": {"configured": self.journey.whatsapp.configured},
+            "openai_webhook": self.openai_health(),
+            "plugins": [vars(report) for report in self.plugins.reports.values()],
+            "runs": {row["state"]: row["n"] for row in runs}
+            | {"oldest_due_seconds": max((row["late"] or 0 for row in runs), default=0)},
+        }
+        return bottle.HTTPResponse(
+            json.dumps(state, ensure_ascii=False), 200 if state["status"] == "ok" else 503, headers={"Content-Type": "application/json"}
+        )
+
+    def assistant_state(self) -> dict[str, Any]:
+        """Say which assistant answers, or why none does."""
+        name = self.settings.assistant_id
+        enabled = bool(name in self.journey.assistants and self.settings.openai_api_key and self.settings.threads_integration_enabled)
+        why = legacy_assistant(name) or (None if enabled else "OPENAI_API_KEY or ASSISTANT_ID is not set, or it is switched off")
+        assistant = self.journey.assistants.get(name or "")
+        return {"id": name, "model": assistant and assistant.model, "enabled": enabled, "error": why}
+
+
+class Server:
+    """waitress, with limits that suit webhooks and an end that drops no request in hand."""
+
+    def __init__(self, gateway: Gateway, host: str, port: int):
+        self.server = waitress.create_server(
+            gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500, backlog=2048,
+            asyncore_use_poll=True, channel_timeout=120, max_request_body_size=BODY_LIMIT, clear_untrusted_proxy_headers=True,
+            ident=None,
+        )  # fmt: skip
+        self.port = self.server.effective_port
+        self.thread = threading.Thread(target=self.server.run, name="web", daemon=True)
+
+    def drain(self, seconds: float = 5.0) -> None:
+        """Stop listening, and return when the requests in hand are answered."""
+        self.server.trigger.pull_trigger(lambda: (self.server.del_channel(), self.server.socket.close()))
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(self.server.active_channels.values())):
+            time.sleep(0.02)
+
+
+# --- Main -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def database_of(settings: Settings, directory: Path = Path(".data")) -> Iterator[str]:
+    """Lend the URL of DATABASE_URL, or of an embedded PostgreSQL that stops with the last process that uses it."""
+    if settings.database_url:
+        yield settings.database_url.get_secret_value()
+        return
+    import localdb
+
+    database = localdb.start(directory)
+    try:
+        yield database.url
+    finally:
+        database.stop()
+
+
+def check_assistant(settings: Settings) -> None:
+    """Raise ConfigurationError where ASSISTANT_ID names no usable file; an old API's id only loses the assistant."""
+    good, bad = load_assistants()
+    name = settings.assistant_id
+    if legacy_assistant(name):
+        log.warning("⚠️ %s", legacy_assistant(name))
+    elif name and name not in good:
+        why = bad.get(f"{name}.md") or f"no such file; there is {', '.join(good) or 'none'}"
+        raise ConfigurationError(f"ASSISTANT_ID={name!r} cannot be used: assistants/{name}.md: {why}")
+
+
+def serve(settings: Settings, web: bool = True) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code. `web=False` is the command `worker`."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    check_assistant(settings)
+    with database_of(settings) as url:
+        gateway = Gateway(settings, url)
+        prepare(gateway, url)
+        gateway.start()
+        server = Server(gateway, "0.0.0.0", settings.port) if web else None
+        if server:
+            server.thread.start()
+        log.info("✅ Hilo %s %s", VERSION, f"listens on port {server.port}" if server else "works")
+        stop.wait()
+        log.info("stopping: the steps in hand are finished first")
+        if server:
+            server.drain()
+        gateway.stop()
+    log.info("✅ stopped")
+    return 0
+
+
+def prepare(gateway: Gateway, url: str) -> None:
+    """Apply the schema; with the database away, go on trying while webhooks answer that there is an outage."""
+    try:
+        if migrate(url):
+            log.info("✅ schema applied")
+    except DatabaseDown as error:
+        log.error("⚠️ database: %s; trying again", error)
+        gateway.chores.append(partial(retry_migration, gateway, url))
+
+
+def retry_migration(gateway: Gateway, url: str) -> None:
+    """Apply the schema once the database is back."""
+    migrate(url)
+    gateway.chores[:] = [chore for chore in gateway.chores if getattr(chore, "func", None) is not retry_migration]
+
+
+if __name__ == "__main__":
+    sys.modules["gateway"] = sys.modules["__main__"]  # one module, whatever imports it
+    import commands
+
+    sys.exit(commands.main(sys.argv[1:]))

@@ -1,0 +1,268 @@
+-- Hilo's statements, by name. One statement is one transaction.
+--
+-- Whatever moves a run carries its id and its attempt (the fencing token): a worker that lost the lease touches no
+-- row. Conditions that another transaction may change meanwhile stand in a CASE of the SET list, where they are judged
+-- on the row as it is once locked; in a WHERE beside a join they would be judged on an old snapshot.
+
+-- name: receive
+SELECT * FROM receive_message(:sid, :sender, :own, :external, :profile, :body, :raw::jsonb, :opt, :burst::float8,
+    coalesce(:at::timestamptz, now()))
+
+-- name: claim
+WITH c AS MATERIALIZED (
+    SELECT id, held FROM runs WHERE state <> 'done' AND due_at <= now()
+    ORDER BY due_at LIMIT :n FOR NO KEY UPDATE SKIP LOCKED)
+UPDATE runs r SET held = true, attempt = r.attempt + 1, crashes = CASE WHEN c.held THEN r.crashes + 1 ELSE 0 END,
+    due_at = now() + :lease::float8 * interval '1 s'
+FROM c, users u WHERE r.id = c.id AND u.user_phone = r.user_phone
+RETURNING r.id, r.user_phone, r.state, r.attempt, r.wakes, r.crashes, r.assistant, r.thread_id, r.response_id, r.creating,
+    r.rounds, r.tries, u.profile_name, u.own_number, u.mode, extract(epoch FROM r.deadline - now())::float8 AS "left"
+
+-- name: next_due
+SELECT extract(epoch FROM min(due_at) - now())::float8 AS seconds FROM runs WHERE state <> 'done'
+
+-- name: take
+-- The turn's messages: those waiting, and those taken before a crash.
+WITH r AS (
+    SELECT id, user_phone FROM runs WHERE id = :id AND attempt = :a AND state = 'queued' FOR NO KEY UPDATE),
+t AS (
+    UPDATE messages m SET run_id = r.id FROM r
+    WHERE m.user_phone = r.user_phone AND m.direction = 'in' AND m.run_id IS NULL RETURNING m.*),
+u AS (
+    UPDATE runs SET pending = pending - (SELECT count(*) FROM t), started_at = coalesce(started_at, now()),
+        deadline = coalesce(deadline, now() + :timeout::float8 * interval '1 s')
+    WHERE id = (SELECT id FROM r) RETURNING deadline)
+SELECT x.id, x.sid, x.user_phone, x.body, x.raw, x.opt, x.input, x.reply, x.at,
+    extract(epoch FROM (SELECT deadline FROM u) - now())::float8 AS "left"
+FROM (SELECT * FROM t UNION ALL SELECT m.* FROM messages m, r WHERE m.run_id = r.id AND m.direction = 'in') x
+ORDER BY x.id
+
+-- name: turn
+SELECT id, sid, user_phone, body, raw, opt, input, reply, at FROM messages
+WHERE run_id = :id AND direction = 'in' ORDER BY id
+
+-- name: save_reply
+UPDATE messages SET reply = :reply::jsonb WHERE id = :id RETURNING id
+
+-- name: save_input
+UPDATE messages SET input = :input::jsonb WHERE id = :id RETURNING id
+
+-- name: mode
+SELECT mode FROM users WHERE user_phone = :u
+
+-- name: own_mode
+-- The run that answers an opt-out word still sends its reply.
+UPDATE users SET mode_run = :run WHERE user_phone = :u RETURNING mode
+
+-- name: written_before
+SELECT written_at FROM runs WHERE user_phone = :u AND id < :id AND outcome IN ('answered', 'fallback')
+ORDER BY id DESC LIMIT 1
+
+-- name: renew
+UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
+WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING id
+
+-- name: thread
+SELECT thread_id FROM oa_threads_map WHERE user_phone = :u
+
+-- name: save_thread
+INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, :thread FROM runs WHERE id = :id AND attempt = :a
+ON CONFLICT (user_phone) DO UPDATE SET thread_id = excluded.thread_id, created_at = now(), last_used_at = now()
+RETURNING thread_id
+
+-- name: history
+-- What was said before a run, newest first: taken messages, and parts that left (or may have).
+SELECT m.direction, m.body, m.input, m.raw, m.media_url, m.sid, m.user_phone, m.at
+FROM messages m JOIN users u USING (user_phone)
+WHERE m.user_phone = :u AND m.id > u.seed_after AND m.run_id IS DISTINCT FROM :run::bigint
+    AND (m.direction = 'in' AND m.run_id IS NOT NULL OR m.state IN ('sending', 'sent', 'delivered', 'read'))
+ORDER BY m.id DESC LIMIT :n
+
+-- name: begin_create
+UPDATE runs SET creating = true, thread_id = :thread, assistant = :assistant,
+    due_at = now() + :lease::float8 * interval '1 s'
+WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING id
+
+-- name: save_response
+WITH w AS (
+    INSERT INTO responses (id, run_id, model) SELECT :resp, id, :model FROM runs WHERE id = :id AND attempt = :a
+    ON CONFLICT (id) DO UPDATE SET run_id = excluded.run_id, model = excluded.model RETURNING ended_at),
+t AS (
+    UPDATE oa_threads_map SET last_used_at = now(), assistant_id = :assistant WHERE user_phone = :u AND thread_id = :thread)
+UPDATE runs r SET state = 'waiting', response_id = :resp, creating = false, rounds = r.rounds + :round::int,
+    held = :held, due_at = CASE WHEN :held THEN r.due_at
+        WHEN w.ended_at IS NULL THEN least(now() + :net::float8 * interval '1 s', r.deadline) ELSE now() END
+FROM w WHERE r.id = :id AND r.attempt = :a RETURNING extract(epoch FROM r.due_at - now())::float8 AS seconds
+
+-- name: note_response
+UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
+    output_tokens = :o::int
+WHERE id = :id RETURNING id
+
+-- name: wake_by_response
+WITH w AS (
+    INSERT INTO responses (id, ended_at) VALUES (:resp, now())
+    ON CONFLICT (id) DO UPDATE SET ended_at = coalesce(responses.ended_at, now()) RETURNING run_id)
+UPDATE runs r SET wakes = r.wakes + 1, due_at = CASE WHEN r.held OR r.state <> 'waiting'
+    OR r.response_id IS DISTINCT FROM :resp THEN r.due_at ELSE now() END
+FROM w WHERE r.id = w.run_id AND r.state <> 'done' RETURNING r.id, r.held
+
+-- name: put_down
+UPDATE runs SET held = false, creating = false, tries = tries + :tries::int,
+    due_at = CASE WHEN wakes <> :seen THEN now()
+        WHEN state = 'waiting' THEN least(now() + :seconds::float8 * interval '1 s', greatest(deadline, now()))
+        ELSE now() + :seconds::float8 * interval '1 s' END
+WHERE id = :id AND attempt = :a RETURNING extract(epoch FROM due_at - now())::float8 AS seconds
+
+-- name: rotate
+WITH r AS (
+    UPDATE runs SET state = 'queued', response_id = NULL, creating = false, tries = tries + 1
+    WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING user_phone),
+d AS (DELETE FROM oa_threads_map WHERE user_phone = (SELECT user_phone FROM r))
+SELECT 1 AS done FROM r
+
+-- name: begin_calls
+-- Records that the calls begin; tells which an earlier worker had begun, with their outputs.
+WITH r AS (
+    UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
+    WHERE id = :id AND attempt = :a AND state = 'waiting' RETURNING id),
+i AS (
+    INSERT INTO tool_calls (call_id, run_id, response_id, name, arguments)
+    SELECT x.call_id, r.id, :resp, x.name, x.arguments
+    FROM r, jsonb_to_recordset(:calls::jsonb) AS x (call_id text, name text, arguments text) ON CONFLICT DO NOTHING)
+SELECT (SELECT jsonb_object_agg(t.call_id, coalesce(t.output, '')) FROM tool_calls t WHERE t.call_id = ANY(:ids)) AS known
+FROM r
+
+-- name: save_output
+UPDATE tool_calls SET output = :output, ok = :ok, milliseconds = :ms::int WHERE call_id = :id AND output IS NULL
+RETURNING call_id
+
+-- name: outputs
+SELECT call_id, output FROM tool_calls WHERE call_id = ANY(:ids)
+
+-- name: calls_of_run
+SELECT call_id, name, arguments, output FROM tool_calls WHERE run_id = :id ORDER BY started_at, call_id
+
+-- name: write
+-- The reply's parts become rows; with leave, no thread is left behind for the next turn.
+WITH r AS (
+    UPDATE runs SET state = 'sending', outcome = :outcome, reason = :reason, written_at = now(), creating = false
+    WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING id, user_phone),
+d AS (DELETE FROM oa_threads_map WHERE :leave AND user_phone = (SELECT user_phone FROM r)),
+p AS (
+    INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
+    SELECT coalesce(x."to", r.user_phone), 'out', coalesce(x.text, ''), r.id, 'queued', x.media_url, x.content_sid, x.variables
+    FROM r, ROWS FROM (jsonb_to_recordset(:parts::jsonb)
+        AS (text text, media_url text, content_sid text, variables jsonb, "to" text)) WITH ORDINALITY x
+    ORDER BY x.ordinality)
+SELECT 1 AS done FROM r
+
+-- name: queue_part
+INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
+VALUES (:to, 'out', :text, :run, 'queued', :media, :content, :variables::jsonb) RETURNING id
+
+-- name: next_part
+-- Moves the next part to sending, or to withheld where its user left the assistant meanwhile. A part whose
+-- predecessor has not left Twilio yet waits for that callback, two seconds at most: hold_for.
+WITH r AS (
+    UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
+    WHERE id = :id AND attempt = :a AND state = 'sending' RETURNING id, user_phone),
+n AS (
+    SELECT m.id, m.user_phone, coalesce(u.reply_to, m.user_phone) AS address, coalesce(u.mode, 'bot') AS mode,
+        coalesce(u.mode, 'bot') = 'bot' OR u.mode_run = r.id OR m.user_phone <> r.user_phone AND u.mode <> 'out' AS allowed,
+        (SELECT extract(epoch FROM p.sending_at + interval '2 s' - now())::float8 FROM messages p
+            WHERE p.run_id = r.id AND p.direction = 'out' AND p.user_phone = m.user_phone AND p.id < m.id
+            AND p.state = 'sent' AND NOT p.confirmed ORDER BY p.id DESC LIMIT 1) AS hold_for
+    FROM r JOIN messages m ON m.run_id = r.id AND m.direction = 'out' AND m.state = 'queued'
+    LEFT JOIN users u ON u.user_phone = m.user_phone ORDER BY m.id LIMIT 1),
+s AS (
+    UPDATE messages m SET state = CASE WHEN n.allowed THEN 'sending' ELSE 'withheld' END, sending_at = now(),
+        sends = m.sends + n.allowed::int, updated_at = now()
+    FROM n WHERE m.id = n.id AND coalesce(n.hold_for, 0) <= 0 RETURNING m.*)
+SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
+    s.state, s.body, s.media_url, s.content_sid, s.variables, s.sending_at, s.sends
+FROM r LEFT JOIN n ON true LEFT JOIN s ON s.id = n.id
+
+-- name: sent
+UPDATE messages SET sid = coalesce(sid, :sid), updated_at = now(),
+    state = CASE WHEN state_rank(state) < state_rank('sent') THEN 'sent' ELSE state END
+WHERE id = :id RETURNING id
+
+-- name: not_sent
+-- Certainly not sent: it goes again, for a day at most.
+WITH r AS (SELECT id, created_at FROM runs WHERE id = :id AND attempt = :a)
+UPDATE messages m SET updated_at = now(),
+    state = CASE WHEN r.created_at < now() - :long::float8 * interval '1 s' THEN 'failed' ELSE 'queued' END
+FROM r WHERE m.id = :part AND m.state = 'sending' RETURNING m.state
+
+-- name: refused
+UPDATE messages SET state = 'failed', error_code = :code::int, updated_at = now()
+WHERE run_id = :run AND direction = 'out' AND user_phone = :u AND id >= :part AND state IN ('queued', 'sending')
+RETURNING id
+
+-- name: in_doubt
+SELECT m.*, coalesce(u.reply_to, m.user_phone) AS address, extract(epoch FROM now() - m.sending_at)::float8 AS age
+FROM messages m LEFT JOIN users u USING (user_phone)
+WHERE m.run_id = :id AND m.direction = 'out' AND m.state = 'sending' ORDER BY m.id LIMIT 1
+
+-- name: known_sids
+SELECT sid FROM messages WHERE sid = ANY(:sids)
+
+-- name: part_status
+-- A status callback: the row is found by the id in its URL, else by the sid; states only ever rise.
+WITH m AS (
+    UPDATE messages SET state = CASE WHEN state_rank(:state) > state_rank(state) THEN :state ELSE state END,
+        sid = coalesce(sid, :sid), confirmed = true, error_code = coalesce(:code::int, error_code), updated_at = now()
+    WHERE id = coalesce(:id::bigint, (SELECT id FROM messages WHERE sid = :sid)) AND direction = 'out'
+    RETURNING id, run_id, user_phone, state, error_code),
+d AS (
+    UPDATE runs SET outcome = 'undelivered', reason = m.error_code::text FROM m
+    WHERE runs.id = m.run_id AND runs.state = 'done' AND m.state IN ('failed', 'undelivered')),
+w AS (
+    UPDATE runs r SET wakes = r.wakes + 1, due_at = CASE WHEN r.held OR r.state <> 'sending' THEN r.due_at ELSE now() END
+    FROM m WHERE r.id = m.run_id AND r.state <> 'done' RETURNING r.id, r.held, r.state)
+SELECT m.id, m.run_id, m.user_phone, m.state, m.error_code, w.id IS NOT NULL AND NOT w.held AS wake
+FROM m LEFT JOIN w ON true
+
+-- name: delivery
+SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code) AS code,
+    count(*) FILTER (WHERE state IN ('failed', 'undelivered')) AS lost
+FROM messages WHERE run_id = :id AND direction = 'out'
+
+-- name: finish
+-- What arrived meanwhile becomes the next turn, a burst after the last message.
+WITH f AS (
+    UPDATE runs SET state = 'done', held = false, outcome = coalesce(:outcome, outcome, 'intercepted'),
+        reason = coalesce(:reason, reason), finished_at = now()
+    WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at),
+n AS (
+    INSERT INTO runs (user_phone, due_at, pending)
+    SELECT user_phone, greatest(now(), (SELECT max(m.at) FROM messages m WHERE m.user_phone = f.user_phone
+        AND m.direction = 'in' AND m.run_id IS NULL) + :burst::float8 * interval '1 s'), pending
+    FROM f WHERE pending > 0 RETURNING due_at)
+SELECT f.outcome, extract(epoch FROM now() - f.created_at)::float8 AS seconds,
+    (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM f
+
+-- name: open_runs
+SELECT state, count(*) AS n, extract(epoch FROM now() - min(due_at) FILTER (WHERE due_at <= now()))::float8 AS late
+FROM runs WHERE state <> 'done' GROUP BY state
+
+-- name: discarded
+SELECT thread_id FROM discarded_threads WHERE due_at <= now() ORDER BY due_at LIMIT 10
+
+-- name: discard_done
+DELETE FROM discarded_threads WHERE thread_id = :thread RETURNING thread_id
+
+-- name: discard_later
+UPDATE discarded_threads SET attempts = attempts + 1, due_at = now() + least(3600, 10 * 2 ^ attempts) * interval '1 s'
+WHERE thread_id = :thread RETURNING attempts
+
+-- name: hand_back
+UPDATE users SET mode = 'bot', mode_since = now(), mode_until = NULL, mode_run = NULL
+WHERE mode = 'human' AND mode_until <= now() RETURNING user_phone
+
+-- name: get
+SELECT value FROM hilo WHERE key = :key
+
+-- name: put
+INSERT INTO hilo VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING key

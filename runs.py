@@ -1,0 +1,284 @@
+"""Runs and the workers that advance them: claimed, fenced, put down again; nobody waits for the model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import queue
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from database import Database, DatabaseDown, DatabaseFault
+from settings import RunLog, Settings, mask
+from tools import Part
+from whatsapp import CALL_TIMEOUT
+
+if TYPE_CHECKING:
+    from gateway import Journey
+
+GRACE = 5.0  # seconds a lease outlives the call that it was renewed for
+
+log = logging.getLogger("hilo")
+
+
+# --- Runs: claimed, fenced, put down ----------------------------------------------------------------------
+
+
+class LeaseLost(Exception):
+    """Another worker has taken the run over: nothing more may be written or sent for it here."""
+
+
+@dataclass
+class Run:
+    """A claimed run. Every write carries its attempt, so a worker that lost the lease touches no row."""
+
+    id: int
+    user_phone: str
+    state: str
+    attempt: int
+    wakes: int
+    crashes: int
+    assistant: str | None
+    thread_id: str | None
+    response_id: str | None
+    creating: bool
+    rounds: int
+    tries: int
+    profile_name: str
+    own_number: str | None
+    mode: str
+    left: float | None
+    lease_until: float
+    turn: list[dict[str, Any]] = field(default_factory=list)
+    held: bool = True
+
+    def __post_init__(self) -> None:
+        self.log = RunLog(log, {"run": self.id, "address": mask(self.user_phone)})
+        self.deadline = None if self.left is None else time.monotonic() + self.left
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds to the deadline, which begins with the start."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a call which may be repeated can take within the lease."""
+        return min(CALL_TIMEOUT, max(0.5, self.lease_until - time.monotonic() - 0.5))
+
+    def check_lease(self) -> None:
+        """Raise LeaseLost when the lease ran out by our own clock; called just before a call that has an effect."""
+        if time.monotonic() >= self.lease_until:
+            raise LeaseLost
+
+
+class Runs:
+    """The fenced statements that move a run: each raises LeaseLost when another worker has it."""
+
+    def __init__(self, db: Database, settings: Settings, wake: Callable[[float], None]):
+        self.db = db
+        self.settings = settings
+        self.wake_in = wake  # tells the dispatcher that a run is due in so many seconds
+
+    def claim(self, n: int) -> list[Run]:
+        """Return up to `n` due runs, now held; the lease begins before the statement does."""
+        until = time.monotonic() + self.settings.lease_seconds
+        found = self.db.all("claim", n=n, lease=self.settings.lease_seconds)
+        return [Run(**row, lease_until=until) for row in found]
+
+    def fenced(self, run: Run, statement: str, **params: Any) -> dict[str, Any]:
+        """Return the row of a statement on `run`; raises LeaseLost where it touched none."""
+        row = self.db.one(statement, id=run.id, a=run.attempt, **params)
+        if row is None:
+            raise LeaseLost
+        return row
+
+    def renew(self, run: Run, seconds: float, statement: str = "renew", **params: Any) -> dict[str, Any]:
+        """Lengthen the lease to outlive a call of `seconds`, in the same statement as what else it does."""
+        lease = max(seconds + GRACE, self.settings.lease_seconds)
+        until = time.monotonic() + lease
+        row = self.fenced(run, statement, lease=lease, **params)
+        run.lease_until = until
+        return row
+
+    def take(self, run: Run) -> list[dict[str, Any]]:
+        """Return the messages of this turn in order: those waiting, and those taken before a crash."""
+        run.turn = self.db.all("take", id=run.id, a=run.attempt, timeout=self.settings.threads_run_timeout)
+        if run.turn:
+            run.deadline = time.monotonic() + run.turn[0]["left"]
+        return run.turn
+
+    def put_down(self, run: Run, seconds: float, tries: int = 0) -> None:
+        """Let go of a run until `seconds` from now, or at once where it was woken meanwhile."""
+        row = self.fenced(run, "put_down", seconds=float(seconds), seen=run.wakes, tries=tries)
+        run.held = False
+        self.wake_in(row["seconds"])
+
+    def rotate(self, run: Run, why: str) -> None:
+        """Leave the conversation behind: the run begins again on a new one, seeded from our own transcript."""
+        run.log.warning("⚠️ thread %s left: %s", run.thread_id, why)
+        self.fenced(run, "rotate")
+        run.state, run.response_id, run.creating, run.tries = "queued", None, False, run.tries + 1
+
+    def write(self, run: Run, parts: list[Part], outcome: str, reason: str | None = None, leave: bool = False) -> None:
+        """Make the reply's parts rows; `leave` leaves no thread behind for the next turn."""
+        rows = [{k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(part).items()} for part in parts]
+        self.fenced(run, "write", parts=json.dumps(rows), outcome=outcome, reason=reason, leave=leave)
+        run.state = "sending"
+
+    def finish(self, run: Run, outcome: str | None = None, reason: str | None = None) -> dict[str, Any]:
+        """End the turn; what arrived meanwhile becomes the next one. Returns outcome and seconds."""
+        row = self.fenced(run, "finish", outcome=outcome, reason=reason, burst=self.settings.burst_seconds)
+        run.state, run.held = "done", False
+        if row["next"] is not None:
+            self.wake_in(row["next"])
+        return row
+
+
+# --- Workers: due rows are claimed and advanced -----------------------------------------------------------
+
+
+class Alarm:
+    """When to look for due runs again: the earliest moment that anybody asked for, five seconds at most."""
+
+    LONGEST = 5.0
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.at = 0.0
+
+    def wake_in(self, seconds: float) -> None:
+        """Ask for a look in so many seconds."""
+        at = time.monotonic() + seconds
+        with self.changed:
+            if at < self.at:
+                self.at = at
+                self.changed.notify()
+
+    def wait(self) -> None:
+        """Return when the moment has come."""
+        with self.changed:
+            while (left := self.at - time.monotonic()) > 0:
+                self.changed.wait(left)
+            self.at = time.monotonic() + self.LONGEST
+
+
+class Workers:
+    """A dispatcher that claims due runs for the free ones of a few threads, and the wires to other processes."""
+
+    STUCK = 90.0  # seconds after which a worker is taken to hang in a plugin, and replaced
+
+    def __init__(self, settings: Settings, db: Database, alarm: Alarm):
+        self.settings, self.db, self.alarm = settings, db, alarm
+        self.free = threading.Semaphore(0)
+        self.claimed: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self.busy: dict[threading.Thread, tuple[float, Run]] = {}
+        self.notify = threading.Event()
+        self.stopping = False
+
+    def start(self, journey: Journey) -> None:
+        """Start the threads; without workers only the one that wakes other processes."""
+        self.journey = journey
+        targets: list[Callable[[], None]] = [self.tell_others]
+        if self.settings.worker_threads:
+            targets += [self.dispatch, self.listen, *[self.work] * self.settings.worker_threads]
+        for target in targets:
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def woken(self, seconds: float) -> None:
+        """A run is due in so many seconds: look then, or tell another process where everybody here is busy."""
+        self.alarm.wake_in(seconds)
+        if len(self.busy) >= self.settings.worker_threads:
+            self.notify.set()
+
+    def dispatch(self) -> None:
+        """Claim as many due runs as there are free workers, for ever."""
+        while not self.stopping:
+            self.alarm.wait()
+            self.free.acquire()
+            n = 1
+            while n < 16 and self.free.acquire(blocking=False):
+                n += 1
+            taken = self.claim(n)
+            for run in taken:
+                self.claimed.put(run)
+            self.free.release(n - len(taken)) if len(taken) < n else self.alarm.wake_in(0)
+
+    def claim(self, n: int) -> list[Run]:
+        """Return up to `n` due runs; fewer set the alarm for the next one that will be due."""
+        if self.stopping:
+            return []
+        try:
+            taken = self.journey.runs.claim(n)
+            due = self.db.one("next_due") if len(taken) < n else None
+            if due and due["seconds"] is not None:
+                self.alarm.wake_in(max(0.0, due["seconds"]))
+            return taken
+        except (DatabaseDown, DatabaseFault) as error:
+            log.error("⚠️ no runs can be claimed: %s", error)
+            time.sleep(0.5)
+            self.alarm.wake_in(0.5)
+            return []
+
+    def work(self) -> None:
+        """Advance one run after the other; what fails stays a row, and is claimed again when its lease runs out."""
+        me = threading.current_thread()
+        self.free.release()
+        while (run := self.claimed.get()) is not None:
+            self.busy[me] = (time.monotonic(), run)
+            try:
+                self.journey.runs.put_down(run, 0) if self.stopping else self.journey.advance(run)
+            except LeaseLost:
+                run.log.warning("⚠️ another worker took this run over")
+            except (DatabaseDown, DatabaseFault) as error:
+                run.log.error("⚠️ database: %s", error)
+            except Exception as error:
+                run.log.error("⚠️ step failed: %s: %s", type(error).__name__, error, exc_info=error)
+            if self.busy.pop(me, None) is None:
+                return  # taken to be stuck, and replaced
+            self.free.release()
+
+    def replace_stuck(self) -> None:
+        """Start a worker for each that hangs; fencing makes what the old one may still do harmless."""
+        for thread, (since, run) in list(self.busy.items()):
+            if time.monotonic() - since > self.STUCK and self.busy.pop(thread, None) is not None:
+                run.log.error("⚠️ a worker hangs in this run, in a plugin or library: replaced")
+                threading.Thread(target=self.work, name="work", daemon=True).start()
+
+    def tell_others(self) -> None:
+        """NOTIFY other processes, after the commit and at most fifty times a second."""
+        while True:
+            self.notify.wait()
+            self.notify.clear()
+            with contextlib.suppress(DatabaseDown, DatabaseFault):
+                self.db.rows("NOTIFY hilo")
+            time.sleep(0.02)
+
+    def listen(self) -> None:
+        """Look for due runs when another process says so; only a wake-up, the alarm's five seconds are the net."""
+        while True:
+            try:
+                connection = self.db.connect()
+                connection.run("LISTEN hilo")
+                while True:
+                    ready = select.poll()
+                    ready.register(connection._usock, select.POLLIN)
+                    if ready.poll(30_000):
+                        connection.run("")
+                        connection.notifications.clear()
+                        self.alarm.wake_in(0)
+            except Exception as error:
+                log.debug("listen: %s", type(error).__name__)
+                time.sleep(1)
+
+    def stop(self, until: float) -> None:
+        """Take nothing more; return when the steps in hand are done, at `until` (monotonic) at the latest."""
+        self.stopping = True
+        self.alarm.wake_in(0)
+        while self.busy and time.monotonic() < until:
+            time.sleep(0.02)

@@ -1,0 +1,189 @@
+"""Settings of the environment, the assistants' files, and the form of the log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import dotenv
+import frontmatter
+import pydantic
+
+HERE = Path(__file__).parent
+
+log = logging.getLogger("hilo")
+
+
+# --- Configuration ----------------------------------------------------------------------------------------
+
+
+class ConfigurationError(Exception):
+    """A setting, schema or file that cannot be used: one line that names it and says what it needs."""
+
+
+def setting(needs: str, default: Any = None, **constraints: Any) -> Any:
+    """Return a field of Settings; `needs` completes the sentence "it needs …"."""
+    return pydantic.Field(default, description=needs, **constraints)
+
+
+class Settings(pydantic.BaseModel):
+    """What the environment says. Attributes are the variables' names in lower case."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", str_strip_whitespace=True, hide_input_in_errors=True)
+
+    database_url: pydantic.SecretStr | None = setting("postgresql://user:password@host:port/database")
+    port: int = setting("a port number from 1 to 65535", 8000, ge=1, le=65535)
+    public_url: str | None = setting(
+        "the address Twilio calls, https://host without a path", pattern=r"^https?://[^/\s?#]+/?$"
+    )
+    twilio_account_sid: str | None = setting("an account sid, AC and 32 hexadecimal digits", pattern=r"^AC\w{32}$")
+    twilio_auth_token: pydantic.SecretStr | None = setting("the account's auth token")
+    twilio_webhook_secret: pydantic.SecretStr | None = setting("the key that signs webhooks, if not the auth token")
+    twilio_from: str | None = setting(
+        "whatsapp:+ and the number, or a Messaging Service MG…", pattern=r"^(whatsapp:\+\d{5,15}|MG\w{32})$"
+    )
+    twilio_api_url: str | None = setting("https://host, in place of Twilio's own hosts", pattern=r"^https?://[^/\s?#]+/?$")
+    openai_api_key: pydantic.SecretStr | None = setting("an OpenAI API key")
+    openai_base_url: str | None = setting("the address of the OpenAI API, https://host/v1", pattern=r"^https?://\S+$")
+    openai_webhook_secret: pydantic.SecretStr | None = setting("whsec_ and base64, as OpenAI shows it once")
+    assistant_id: str | None = setting("the name of a file in assistants/, without .md", pattern=r"^[\w-]+$")
+    threads_integration_enabled: bool = setting("true or false", True)
+    threads_run_timeout: float = setting("seconds from 1 to 86400", 30.0, ge=1, le=86400)
+    burst_seconds: float = setting("seconds from 0 to 60", 1.5, ge=0, le=60)
+    worker_threads: int = setting("a whole number from 0 (web only) to 256", 16, ge=0, le=256)
+    web_threads: int = setting("a whole number from 1 to 256", 8, ge=1, le=256)
+    db_connections: int = setting("a whole number from 1 to 100", 4, ge=1, le=100)
+    lease_seconds: float = setting("seconds from 0.5 to 600", 10.0, ge=0.5, le=600)
+    admin_token: pydantic.SecretStr | None = setting("a secret that opens the operators' pages")
+    environ: Mapping[str, str] = pydantic.Field(default_factory=dict, exclude=True, repr=False)
+
+    def get(self, name: str, default: str = "") -> str:
+        """Return any other variable, for a plugin's own settings."""
+        return self.environ.get(name) or default
+
+    @property
+    def webhook_secret(self) -> str | None:
+        """The key that Twilio's webhooks are signed with."""
+        secret = self.twilio_webhook_secret or self.twilio_auth_token
+        return secret.get_secret_value() if secret else None
+
+    @property
+    def origin(self) -> str:
+        """PUBLIC_URL without a slash at its end, "" where there is none."""
+        return (self.public_url or "").rstrip("/")
+
+    def secrets(self) -> list[str]:
+        """Return every secret value, so that no log line ever has one."""
+        held = (getattr(self, name) for name in type(self).model_fields)
+        return [value.get_secret_value() for value in held if isinstance(value, pydantic.SecretStr)]
+
+
+def variables() -> dict[str, pydantic.fields.FieldInfo]:
+    """Return every variable that Hilo reads, by its name in the environment."""
+    return {name.upper(): info for name, info in Settings.model_fields.items() if name != "environ"}
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings of the environment and `.env`; raises ConfigurationError naming the first bad one."""
+    if environ is None:
+        environ = {**{k: v or "" for k, v in dotenv.dotenv_values(".env").items()}, **os.environ}
+    given = {name.lower(): environ[name] for name in variables() if environ.get(name, "").strip()}
+    try:
+        return Settings(environ=dict(environ), **given)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+    info = Settings.model_fields[name]
+    held = "(secret)" if "Secret" in str(info.annotation) else repr(given[name][:80])
+    raise ConfigurationError(f"{name.upper()}={held} cannot be used: it needs {info.description}")
+
+
+class Assistant(pydantic.BaseModel):
+    """One file of `assistants/`: front matter and, as Markdown, the instructions."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    model: str = "gpt-6-luna"
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = "low"
+    tools: tuple[str, ...] | None = None
+    vector_stores: tuple[str, ...] = ()
+    max_results: int = pydantic.Field(5, ge=1, le=50)
+    max_output_tokens: int | None = pydantic.Field(None, ge=16)
+    description: str = ""
+    instructions: str = pydantic.Field(min_length=1)
+
+
+def load_assistants(folder: Path = HERE / "assistants") -> tuple[dict[str, Assistant], dict[str, str]]:
+    """Return the assistants by name, and by file name what is wrong with each that cannot be used."""
+    good: dict[str, Assistant] = {}
+    bad: dict[str, str] = {}
+    for path in sorted(folder.glob("*.md")):
+        try:
+            post = frontmatter.loads(path.read_text("utf-8"))
+            good[path.stem] = Assistant(**{**post.metadata, "name": path.stem, "instructions": post.content.strip()})
+        except pydantic.ValidationError as error:
+            fault = error.errors()[0]
+            bad[path.name] = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        except Exception as error:  # YAML's own errors, a file that is not UTF-8
+            bad[path.name] = " ".join(str(error).split())[:300]
+    return good, bad
+
+
+def legacy_assistant(name: str | None) -> str | None:
+    """Return what to do about an id of the Assistants or prompts API, None where it is neither."""
+    kind = {"asst_": "the Assistants API ended on 2026-08-26", "pmpt_": "reusable prompts end on 2026-11-30"}.get(
+        (name or "")[:5]
+    )
+    return kind and (
+        f"ASSISTANT_ID={name!r}: {kind}; put the instructions into assistants/NAME.md and set ASSISTANT_ID=NAME"
+    )
+
+
+# --- Log --------------------------------------------------------------------------------------------------
+
+
+def mask(address: str) -> str:
+    """Return an address fit for a log: `whatsapp:+52…1234`."""
+    scheme, colon, rest = address.rpartition(":")
+    return f"{scheme}{colon}{rest[:3]}…{rest[-4:]}" if len(rest) > 7 else f"{scheme}{colon}…"
+
+
+class LogFormat(logging.Formatter):
+    """One line a step, with the run's id; addresses and secrets are masked wherever they slipped in."""
+
+    ADDRESS = re.compile(r"whatsapp(?::|%3A)(?:\+|%2B)?[\w.]{7,}|\+\d{8,15}", re.ASCII)
+    converter = time.gmtime  # type: ignore[assignment]
+
+    def __init__(self, secrets: Iterable[str] = ()):
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        self.secrets = [secret for secret in secrets if len(secret) > 5]
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = self.ADDRESS.sub(lambda found: mask(found[0]), super().format(record))
+        for secret in self.secrets:
+            line = line.replace(secret, "(secret)")
+        return line
+
+
+class RunLog(logging.LoggerAdapter[logging.Logger]):
+    """Puts the run and the masked address in front of every line."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"run={self.extra['run']} {self.extra['address']} {msg}", kwargs  # type: ignore[index]
+
+
+def start_log(settings: Settings, stream: Any = None) -> None:
+    """Send Hilo's log to stdout (stderr for commands that print), at LOG_LEVEL."""
+    handler = logging.StreamHandler(stream or sys.stdout)
+    handler.setFormatter(LogFormat(settings.secrets()))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    level = settings.get("LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigurationError(f"LOG_LEVEL={level!r} cannot be used: it needs DEBUG, INFO, WARNING or ERROR")
+    log.setLevel(level)

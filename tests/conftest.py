@@ -1,0 +1,207 @@
+"""What every test stands on: a real PostgreSQL, a local Twilio, a local OpenAI and the gateway between them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pg8000.native
+import pytest
+
+import gateway
+import localdb
+from database import connection_options, migrate
+from settings import Settings, load_settings
+from simulator import Simulator
+from tests.local_openai import LocalOpenAI
+
+ANA = "whatsapp:+5215511110001"
+WEBHOOK_SECRET = "whsec_" + "c2VjcmV0byBkZSBwcnVlYmFz"
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+    """Return the first true value of `condition`; fails after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {timeout} s"
+        threading.Event().wait(0.01)
+    return value
+
+
+class Server:
+    """A PostgreSQL server on which each test gets a database of its own, copied from a migrated one."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.template = self.new_name()
+        self.run(f"CREATE DATABASE {self.template}")
+        migrate(self.named(self.template))
+
+    @staticmethod
+    def new_name() -> str:
+        return f"hilo_test_{uuid.uuid4().hex[:12]}"
+
+    def named(self, name: str) -> str:
+        """Return the URL of another database on the same server."""
+        head, _, query = self.url.partition("?")
+        return f"{head.rsplit('/', 1)[0]}/{name}{'?' + query if query else ''}"
+
+    def run(self, sql: str) -> Any:
+        connection = pg8000.native.Connection(**connection_options(self.url))
+        try:
+            return connection.run(sql)
+        finally:
+            connection.close()
+
+    def create(self, template: str | None = None) -> str:
+        name = self.new_name()
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template or self.template}")
+        return name
+
+    def drop(self, name: str) -> None:
+        self.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server: the one of TEST_DATABASE_URL, else the embedded one."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        server = Server(url)
+        yield server
+        server.drop(server.template)
+        return
+    database = localdb.start(tmp_path_factory.mktemp("postgres"))
+    yield Server(database.url)
+    database.stop()
+
+
+@pytest.fixture
+def database_url(postgres: Server) -> Iterator[str]:
+    """The URL of a migrated, empty database."""
+    name = postgres.create()
+    yield postgres.named(name)
+    postgres.drop(name)
+
+
+@pytest.fixture
+def empty_database_url(postgres: Server) -> Iterator[str]:
+    """The URL of a database without tables."""
+    name = postgres.create("template1")
+    yield postgres.named(name)
+    postgres.drop(name)
+
+
+@pytest.fixture
+def openai_server() -> Iterator[LocalOpenAI]:
+    with LocalOpenAI() as server:
+        yield server
+
+
+@pytest.fixture
+def twilio() -> Iterator[Simulator]:
+    with Simulator() as simulator:
+        yield simulator
+
+
+class Hilo:
+    """A gateway in this process, started with the real web server and workers."""
+
+    def __init__(self, settings: Settings):
+        assert settings.database_url
+        self.settings = settings
+        self.gateway = gateway.Gateway(settings, settings.database_url.get_secret_value())
+        self.server = gateway.Server(self.gateway, "127.0.0.1", settings.port)
+        self.url = settings.origin
+
+    @property
+    def db(self) -> Any:
+        return self.gateway.db
+
+    def start(self) -> Hilo:
+        self.gateway.start()
+        self.server.thread.start()
+        return self
+
+    def stop(self) -> None:
+        self.server.drain()
+        self.gateway.stop()
+
+    def rows(self, sql: str, **params: Any) -> list[dict[str, Any]]:
+        return self.gateway.db.rows(sql, params)
+
+    def done(self, count: int = 1, timeout: float = 15.0) -> list[dict[str, Any]]:
+        """Return the runs, once `count` of them are done and no other is open."""
+
+        def finished() -> list[dict[str, Any]] | None:
+            runs = self.rows("SELECT * FROM runs ORDER BY id")
+            return runs if len(runs) >= count and all(run["state"] == "done" for run in runs) else None
+
+        found: list[dict[str, Any]] = wait_for(finished, timeout)
+        return found
+
+
+def environment(database_url: str, twilio: Simulator, openai_server: LocalOpenAI | None, **more: str) -> dict[str, str]:
+    """Return the settings of a gateway between the local servers, as variables."""
+    port = free_port()
+    env = {
+        "DATABASE_URL": database_url,
+        "PORT": str(port),
+        "PUBLIC_URL": f"http://127.0.0.1:{port}",
+        "TWILIO_ACCOUNT_SID": twilio.account_sid,
+        "TWILIO_AUTH_TOKEN": twilio.auth_token,
+        "TWILIO_FROM": twilio.number,
+        "TWILIO_API_URL": twilio.url,
+        "BURST_SECONDS": "0",
+        "LOG_LEVEL": "DEBUG",
+    }
+    if openai_server:
+        env |= {"OPENAI_API_KEY": "sk-local", "OPENAI_BASE_URL": openai_server.url, "ASSISTANT_ID": "cursos"}
+    env |= more
+    twilio.gateway_url = env["PUBLIC_URL"]
+    return {key: value for key, value in env.items() if value}
+
+
+@pytest.fixture
+def start(database_url: str, twilio: Simulator, openai_server: LocalOpenAI) -> Iterator[Callable[..., Hilo]]:
+    """Start a gateway with other settings than the usual ones, by keyword; an empty value leaves one out."""
+    running: list[Hilo] = []
+
+    def starter(**more: str) -> Hilo:
+        if more.get("OPENAI_WEBHOOK_SECRET"):
+            openai_server.webhook_secret = more["OPENAI_WEBHOOK_SECRET"]
+        hilo = Hilo(load_settings(environment(database_url, twilio, openai_server, **more)))
+        if more.get("OPENAI_WEBHOOK_SECRET"):
+            openai_server.webhook_url = hilo.url + "/webhooks/openai"
+        running.append(hilo.start())
+        return hilo
+
+    yield starter
+    for hilo in running:
+        hilo.stop()
+
+
+@pytest.fixture
+def hilo(start: Callable[..., Hilo]) -> Hilo:
+    """A gateway with the usual settings."""
+    return start()
+
+
+@pytest.fixture(autouse=True)
+def _no_env_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep a developer's own `.env` and variables out of the tests."""
+    for name in list(os.environ):
+        if name.startswith(("TWILIO_", "OPENAI_", "DATABASE_URL", "PUBLIC_URL", "ASSISTANT_ID")):
+            monkeypatch.delenv(name)

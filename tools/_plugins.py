@@ -1,0 +1,200 @@
+"""How plugins are found and loaded, how hooks are called, and how a tool call runs within its limits."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import pydantic_core
+
+import tools
+from tools import Context, PluginError, Tool, ToolError
+
+HERE = Path(__file__).parent
+SLOTS = threading.BoundedSemaphore(16)  # tool calls that run at one time
+
+log = logging.getLogger("hilo")
+
+
+@dataclass
+class PluginReport:
+    """What a plugin file gave, or why it could not be loaded."""
+
+    file: str
+    tools: list[str] = field(default_factory=list)
+    hooks: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+class Plugins:
+    """The files of `tools/` and the entry points of group `hilo.tools`, with the tools they registered."""
+
+    def __init__(self, names: Iterable[str] | None = None):
+        self.manager = pluggy.PluginManager("hilo")
+        self.manager.add_hookspecs(tools.Hooks)
+        self.tools: dict[str, Tool] = {}
+        self.reports: dict[str, PluginReport] = {}
+        for name in self.discover() if names is None else names:
+            self.load(name, partial(importlib.import_module, name), f"{name.replace('.', '/')}.py")
+        for entry in importlib.metadata.entry_points(group="hilo.tools") if names is None else ():
+            self.load(entry.name, entry.load, f"{entry.dist.name if entry.dist else '?'}:{entry.value}")
+
+    @staticmethod
+    def discover() -> list[str]:
+        """Return the module names of the files in `tools/`; those that begin with _ are no plugins."""
+        return [f"tools.{path.stem}" for path in sorted((HERE).glob("*.py")) if path.name[0] != "_"]
+
+    def load(self, name: str, load: Callable[[], Any], file: str) -> None:
+        """Import a plugin and register its hooks and tools; a failure is kept in its report, and logged."""
+        report = self.reports[name] = PluginReport(file)
+        mine: dict[str, Tool] = {}
+        try:
+            module = load()
+            self.manager.register(module, name)
+            report.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
+            self.check_hooks(module)
+            for implementation in self.manager.hook.register_tools.get_hookimpls():
+                if implementation.plugin is module:
+                    implementation.function(partial(self.register, mine))
+        except (Exception, SystemExit) as error:
+            where = tools.author_line(error)
+            report.error = f"{where + ': ' if where else ''}{type(error).__name__}: {' '.join(str(error).split())}"
+            report.hooks = []
+            if self.manager.has_plugin(name):
+                self.manager.unregister(name=name)
+            log.error("⚠️ plugin %s left out: %s", file, report.error)
+            return
+        self.tools |= mine
+        report.tools = sorted(mine)
+
+    def unload(self, name: str) -> None:
+        """Take a plugin's hooks and tools out again, so that it can be loaded anew."""
+        if self.manager.has_plugin(name):
+            self.manager.unregister(name=name)
+        for tool in self.reports.pop(name, PluginReport("")).tools:
+            del self.tools[tool]
+
+    def check_hooks(self, module: Any) -> None:
+        """Raise PluginError for a hook that is misspelt, a wrapper, or missing altogether."""
+        for name, value in vars(module).items():
+            options = getattr(value, "hilo_impl", None)
+            if not options:
+                continue
+            if not hasattr(tools.Hooks, options.get("specname") or name):
+                known = ", ".join(n for n in vars(tools.Hooks) if n[0] != "_")
+                raise PluginError(f"{name} is no hook of Hilo; there are {known}")
+            if options.get("wrapper") or options.get("hookwrapper"):
+                raise PluginError(f"{name}: hook wrappers are not supported")
+        if not self.manager.get_hookcallers(module):
+            raise PluginError("has no function marked @hookimpl")
+
+    def register(
+        self, mine: dict[str, Tool], function: Callable[..., Any], side_effects: bool = False, timeout: float = 10.0
+    ) -> None:
+        """Make a function a tool of the plugin being loaded; raises PluginError on the author's own line."""
+        tool = tools.make_tool(function, side_effects, timeout)
+        if tool.name in self.tools or tool.name in mine:
+            raise PluginError(f"register({tool.name}): another tool has that name already")
+        mine[tool.name] = tool
+
+    def implementations(self, hook: str) -> list[Any]:
+        """Return a hook's implementations in the order in which they are asked."""
+        return list(reversed(getattr(self.manager.hook, hook).get_hookimpls()))
+
+    def first(self, hook: str, convert: Callable[[Any], Any], **arguments: Any) -> Any:
+        """Return the first result that is not None; one that raises is logged and the next is asked."""
+        for implementation in self.implementations(hook):
+            try:
+                result = implementation.function(*(arguments[name] for name in implementation.argnames))
+                if result is not None:
+                    return convert(result)
+            except Exception as error:
+                self.blame(hook, implementation, error, arguments.get("context"))
+        return None
+
+    def each(self, hook: str, **arguments: Any) -> None:
+        """Call every implementation of a hook; one that raises is logged only."""
+        for implementation in self.implementations(hook):
+            try:
+                implementation.function(*(arguments[name] for name in implementation.argnames))
+            except Exception as error:
+                self.blame(hook, implementation, error, None)
+
+    @staticmethod
+    def blame(hook: str, implementation: Any, error: Exception, context: Context | None) -> None:
+        """Log a failure with the plugin's name and line; the traceback is for DEBUG."""
+        where = tools.author_line(error)
+        (context.log if context else log).warning(
+            "⚠️ %s in %s failed (%s): %s: %s", hook, implementation.plugin_name, where, type(error).__name__, error
+        )
+        log.debug("traceback", exc_info=error)
+
+
+def problem(text: str) -> str:
+    """Return a tool's failure as the model reads it."""
+    return json.dumps({"error": text}, ensure_ascii=False)
+
+
+UNKNOWN_OUTCOME = problem("se interrumpió y no se sabe si llegó a hacerse; no la repitas: dile al usuario que se va a verificar")
+
+
+class ToolCall:
+    """One call of the model's in a thread of its own, which is abandoned when it outlives its limit.
+
+    `save(output, ok, milliseconds)` records the outcome and tells whether it was the first to do so."""
+
+    abandoned = 0  # calls left behind since the start
+
+    def __init__(self, tool: Tool, arguments: str, context: Context, save: Callable[[str, bool, int], bool]):
+        self.tool, self.arguments, self.context, self.save = tool, arguments, context, save
+        self.began = time.monotonic()
+        self.thread = threading.Thread(target=self.work, name=f"tool {tool.name}", daemon=True)
+        self.thread.start()
+
+    def work(self) -> None:
+        """Call the function and record what it returned, or what the model is told instead."""
+        if not SLOTS.acquire(timeout=self.tool.timeout):
+            return
+        try:
+            self.save(*self.output(), self.milliseconds)
+        except Exception as error:  # the database is away: the call counts as begun, with an unknown outcome
+            self.context.log.warning("⚠️ output of %s not saved: %s", self.tool.name, type(error).__name__)
+        finally:
+            SLOTS.release()
+
+    @property
+    def milliseconds(self) -> int:
+        """Milliseconds since the call began."""
+        return round((time.monotonic() - self.began) * 1000)
+
+    def output(self) -> tuple[str, bool]:
+        """Return the call's output as the model reads it, and whether it went well."""
+        try:
+            value = self.tool.call(self.arguments, self.context)
+            text = value if isinstance(value, str) else pydantic_core.to_json(value, inf_nan_mode="null").decode()
+            self.context.log.debug("· tool_ran")
+            return text.replace("\x00", ""), True
+        except ToolError as error:
+            return problem(str(error)), False
+        except Exception as error:
+            where = tools.author_line(error)
+            self.context.log.error("⚠️ tool %s failed (%s): %s: %s", self.tool.name, where, type(error).__name__, error)
+            log.debug("traceback", exc_info=error)
+            return problem("la herramienta falló; responde con lo que sepas y ofrece otra vía"), False
+
+    def wait(self, end: float) -> None:
+        """Wait for the call within its limit and `end` (monotonic); past them the model is told, the thread left."""
+        self.thread.join(max(0.0, min(self.began + self.tool.timeout, end) - time.monotonic()))
+        if self.thread.is_alive():
+            told = UNKNOWN_OUTCOME if self.tool.side_effects else problem("no terminó a tiempo")
+            ToolCall.abandoned += self.save(told, False, self.milliseconds)

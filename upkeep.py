@@ -1,0 +1,98 @@
+"""What has to be done now and then, by whichever process gets to it first: nobody waits for it.
+
+Inbound messages whose webhook failed are fetched from Twilio's own list, conversations that were left for good are
+deleted at OpenAI, and advisors' conversations go back to the assistant when their time is up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from database import DatabaseDown, DatabaseFault
+
+if TYPE_CHECKING:
+    from gateway import Gateway
+
+SETTLED = 60.0  # seconds: a message younger than this may still come by webhook
+OVERLAP = timedelta(seconds=30)  # looked at again, for messages that Twilio lists late
+EVERY = 300.0  # seconds between catch-ups; SETTLED after an outage of the database
+TICK = 5.0  # seconds
+
+log = logging.getLogger("hilo")
+
+
+class Upkeep:
+    """One thread a process; `tick` does what is due."""
+
+    def __init__(self, gateway: Gateway):
+        self.gateway = gateway
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.work, name="upkeep", daemon=True)
+        self.next_catch_up = time.monotonic()
+
+    def work(self) -> None:
+        """Tick until stopped; a failure is logged and tried again."""
+        while not self.stopping.is_set():
+            for job in (self.catch_up, self.delete_discarded, self.hand_back, *self.gateway.chores):
+                self.attempt(job)
+            self.stopping.wait(TICK)
+
+    def attempt(self, job: Callable[[], None]) -> None:
+        """Do one job; the database or Twilio being away is no reason to stop the others."""
+        try:
+            job()
+        except (DatabaseDown, DatabaseFault) as error:
+            log.debug("upkeep: %s: %s", job.__name__, error)
+        except Exception as error:
+            log.warning("⚠️ upkeep: %s failed: %s", job.__name__, error)
+
+    def outage(self) -> None:
+        """Take note that a webhook's message could not be stored: it is fetched as soon as it has settled."""
+        self.next_catch_up = min(self.next_catch_up, time.monotonic() + SETTLED + TICK)
+
+    def catch_up(self) -> None:
+        """Store inbound messages that Twilio has and Hilo lacks, each by the door that webhooks use."""
+        if not self.gateway.journey.whatsapp.configured or time.monotonic() < self.next_catch_up:
+            return
+        self.next_catch_up = time.monotonic() + SETTLED  # where this fails, soon again
+        row = self.gateway.db.one("get", key="caught_up_to")
+        until = datetime.now(UTC) - timedelta(seconds=SETTLED)
+        since = datetime.fromisoformat(row["value"]) if row else until
+        found = [pair for pair in self.gateway.journey.whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until]
+        stored = sum(self.gateway.receive(form, at) for form, at in sorted(found, key=lambda pair: pair[1]))
+        self.gateway.db.one("put", key="caught_up_to", value=until.isoformat())
+        if stored:
+            log.warning("⚠️ %d messages had not come by webhook: fetched from Twilio's list", stored)
+        self.next_catch_up = time.monotonic() + EVERY
+
+    def delete_discarded(self) -> None:
+        """Delete conversations at OpenAI that their users left for good, items first."""
+        if not self.gateway.settings.openai_api_key:
+            return
+        for row in self.gateway.db.all("discarded"):
+            thread_id = row["thread_id"]
+            try:
+                count = self.gateway.journey.threads.delete_thread(thread_id)
+            except Exception as error:
+                self.gateway.db.one("discard_later", thread=thread_id)
+                log.warning("⚠️ thread %s not deleted yet: %s", thread_id, type(error).__name__)
+                continue
+            self.gateway.db.one("discard_done", thread=thread_id)
+            log.info("🧵 Thread ID: %s (deleted, %d items)", thread_id, count)
+
+    def hand_back(self) -> None:
+        """Give conversations back to the assistant when an advisor's time is up."""
+        for _ in self.gateway.db.all("hand_back"):
+            log.info("🧵 an advisor's time is up: back to the assistant")
+
+    def stop(self) -> None:
+        """Stop after the job in hand; does not wait longer than a tick."""
+        self.stopping.set()
+        with contextlib.suppress(RuntimeError):
+            self.thread.join(TICK)

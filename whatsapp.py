@@ -1,0 +1,272 @@
+"""The Twilio side: what is sent, looked up and downloaded over Twilio's REST API."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+from settings import Settings
+from tools import Media, Message, ToolError
+
+CALL_TIMEOUT = 10.0  # seconds for any call to the outside
+# What the model reads for a message that has no text and that no plugin reads.
+PLACEHOLDERS = {
+    "audio": "[El usuario envió un mensaje de voz que no se puede escuchar aquí.]",
+    "image": "[El usuario envió una imagen que no se puede ver aquí.]",
+    "video": "[El usuario envió un video que no se puede ver aquí.]",
+    "application": "[El usuario envió un documento que no se puede leer aquí.]",
+    "text": "[El usuario envió un archivo de texto o un contacto que no se puede leer aquí.]",
+    "": "[El usuario envió un tipo de mensaje que no se puede leer aquí.]",
+}
+
+
+def message_of(row: Mapping[str, Any]) -> Message:
+    """Return a stored inbound row as plugins see it."""
+    raw = row["raw"] or {}
+    count = int(raw.get("NumMedia") or 0) if (raw.get("NumMedia") or "0").isdigit() else 0
+    media = [
+        Media(raw[f"MediaUrl{n}"], raw.get(f"MediaContentType{n}", "").split(";")[0].strip().lower())
+        for n in range(min(count, 10)) if f"MediaUrl{n}" in raw
+    ]  # fmt: skip
+    place = None
+    with contextlib.suppress(KeyError, ValueError):
+        place = (float(raw["Latitude"]), float(raw["Longitude"]))
+    button = raw.get("ButtonPayload") or raw.get("ButtonText") or raw.get("ListId") or None
+    return Message(
+        row["sid"], row["user_phone"], row["body"], tuple(media), button, place, raw.get("ProfileName", ""), row["at"], raw
+    )
+
+
+def plain_input(message: Message) -> str:
+    """Return what the model reads for a message that no plugin took: never nothing."""
+    kinds = [media.content_type.partition("/")[0] for media in message.media]
+    said = [message.text] if message.text.strip() else [message.raw.get("ButtonText", "")]
+    return "\n".join(filter(None, [*said, *(PLACEHOLDERS.get(kind, PLACEHOLDERS[""]) for kind in kinds)])) or PLACEHOLDERS[""]
+
+
+class NotSent(Exception):
+    """Twilio certainly did not take the part: it may go again after `seconds`."""
+
+    def __init__(self, why: str, seconds: float):
+        super().__init__(why)
+        self.seconds = seconds
+
+
+class Refused(Exception):
+    """Twilio will never take the part; `code` is its error code (https://www.twilio.com/docs/api/errors)."""
+
+    def __init__(self, code: int, why: str):
+        super().__init__(why)
+        self.code = code
+
+
+class InDoubt(Exception):
+    """The call broke off: Twilio may or may not have taken the part."""
+
+
+def make_transport(origin: str | None) -> Any:
+    """Return the SDK's HTTP client with a time-out and keep-alive, `origin` in place of Twilio's hosts."""
+    import requests
+    from requests.adapters import HTTPAdapter
+    from twilio.http import HttpClient
+    from twilio.http.response import Response as TwilioResponse
+
+    class Transport(HttpClient):
+        """Unlike the SDK's own, it returns each thread its own answer and tells Retry-After."""
+
+        def __init__(self) -> None:
+            super().__init__(logging.getLogger("twilio"), False, CALL_TIMEOUT)
+            self.session = requests.Session()
+            for scheme in ("https://", "http://"):
+                self.session.mount(scheme, HTTPAdapter(pool_maxsize=64))
+
+        def request(self, method: str, url: str, params: Any = None, data: Any = None, headers: Any = None,
+                    auth: Any = None, timeout: float | None = None, allow_redirects: bool = False) -> Any:  # fmt: skip
+            parts = urlsplit(url)
+            if origin:
+                url = origin.rstrip("/") + parts._replace(scheme="", netloc="").geturl()
+            answer = self.session.request(
+                method, url, params=params, data=data, headers=headers, auth=auth, timeout=timeout or CALL_TIMEOUT,
+                allow_redirects=allow_redirects,
+            )  # fmt: skip
+            if answer.status_code == 429:
+                raise NotSent("429 Too Many Requests", retry_after(answer.headers, 2.0))
+            return TwilioResponse(answer.status_code, answer.text, answer.headers)
+
+    return Transport()
+
+
+class WhatsApp:
+    """Twilio's REST API (https://www.twilio.com/docs/messaging/api), and what came back from it."""
+
+    BUSY = (20429, 63017, 63018)  # rate limits by another name
+    TEXT = 1600  # UTF-16 code units of one part
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.configured = bool(settings.twilio_account_sid and settings.twilio_auth_token and settings.public_url)
+
+    @cached_property
+    def client(self) -> Any:
+        """The SDK's client, made once."""
+        from twilio.rest import Client
+
+        token = self.settings.twilio_auth_token
+        return Client(
+            self.settings.twilio_account_sid, token.get_secret_value() if token else "",
+            http_client=make_transport(self.settings.twilio_api_url),
+        )  # fmt: skip
+
+    def send(self, part: Mapping[str, Any], to: str, own_number: str | None) -> str:
+        """Send one part and return its sid; raises NotSent, Refused or InDoubt."""
+        import requests
+        from twilio.base.exceptions import TwilioException, TwilioRestException
+
+        if not self.configured:
+            raise NotSent("Twilio is not configured", 60)
+        try:
+            return self.client.messages.create(to=to, **self.sender(own_number), **self.content(part)).sid
+        except TwilioRestException as error:
+            raise self.judged(error) from None
+        except requests.ConnectionError as error:
+            if "NewConnectionError" in repr(error) or "ConnectTimeout" in repr(error):
+                raise NotSent("no connection to Twilio", 2) from None
+            raise InDoubt("the connection broke") from None
+        except (requests.RequestException, TwilioException) as error:
+            raise InDoubt(type(error).__name__) from None
+
+    def judged(self, error: Any) -> Exception:
+        """Return what an HTTP error of Twilio's means for the part."""
+        if error.status >= 500:
+            return InDoubt(f"HTTP {error.status}")
+        if error.status in (401, 403, 404, 408) or error.code in self.BUSY:
+            return NotSent(f"HTTP {error.status}, code {error.code}", 15)
+        return Refused(int(error.code or error.status), f"HTTP {error.status}, code {error.code}")
+
+    def sender(self, own_number: str | None) -> dict[str, str]:
+        """Return who sends: the number that was written to, else TWILIO_FROM."""
+        chosen = own_number or self.settings.twilio_from or ""
+        return {"messaging_service_sid": chosen} if chosen.startswith("MG") else {"from_": chosen}
+
+    def content(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a part as the SDK takes it; the callback's URL carries the row's id."""
+        content: dict[str, Any] = {"status_callback": f"{self.settings.origin}/webhooks/twilio/status?m={part['id']}"}
+        if part["content_sid"]:
+            content |= {"content_sid": part["content_sid"], "content_variables": json.dumps(part["variables"] or {})}
+        elif part["body"]:
+            content["body"] = part["body"]
+        if part["media_url"]:
+            content["media_url"] = [part["media_url"]]
+        return content
+
+    def find(self, part: Mapping[str, Any], to: str, known: Callable[[list[str]], set[str]]) -> str | None:
+        """Return the sid of a part that Twilio took without our learning of it, None where it did not.
+
+        Raises NotSent when Twilio's list cannot be had."""
+        import requests
+        from twilio.base.exceptions import TwilioException
+
+        since = part["sending_at"] - timedelta(seconds=60)  # the two clocks may differ
+        try:
+            listed = self.client.messages.list(to=to, limit=100, page_size=100)
+        except (requests.RequestException, TwilioException) as error:
+            raise NotSent(f"Twilio's list of messages failed ({type(error).__name__})", 5) from None
+        recent = [m for m in listed if m.direction != "inbound" and (m.date_created or since) >= since]
+        same = [m for m in recent if part["content_sid"] or (m.body or "").strip() == part["body"].strip()]
+        taken = known([m.sid for m in same])
+        return next((m.sid for m in reversed(same) if m.sid not in taken), None)
+
+    def inbound_since(self, since: datetime) -> Iterator[tuple[dict[str, str], datetime]]:
+        """Yield what Twilio received from WhatsApp users since a moment, newest first, as webhook forms."""
+        listed = self.client.messages.stream(date_sent_after=since - timedelta(days=1), page_size=200)
+        for m in listed:
+            created = m.date_created or m.date_sent
+            if created and created < since - timedelta(minutes=10):
+                return
+            if m.direction == "inbound" and str(m.from_).startswith("whatsapp:") and created and created >= since:
+                form = {"MessageSid": m.sid, "AccountSid": m.account_sid, "From": m.from_, "To": m.to,
+                        "Body": m.body or "", "NumMedia": str(m.num_media or 0)}  # fmt: skip
+                yield form | (self.media_of(m.sid) if form["NumMedia"] != "0" else {}), created
+
+    def media_of(self, sid: str) -> dict[str, str]:
+        """Return the form fields of a message's files."""
+        fields: dict[str, str] = {}
+        host = self.settings.twilio_api_url or "https://api.twilio.com"
+        for n, media in enumerate(self.client.messages(sid).media.list(limit=10)):
+            fields[f"MediaUrl{n}"] = host.rstrip("/") + media.uri.removesuffix(".json")
+            fields[f"MediaContentType{n}"] = media.content_type
+        return fields
+
+    def download(self, media: Media, limit: int) -> bytes:
+        """Return a file's bytes. Credentials go to Twilio's host only; raises ToolError with the reason."""
+        import requests
+
+        url, token = media.url, self.settings.twilio_auth_token
+        if not self.is_twilio(url):
+            raise ToolError("the file is not at Twilio")
+        try:
+            for _ in range(4):
+                auth = (self.settings.twilio_account_sid or "", token.get_secret_value() if token else "")
+                with requests.get(
+                    url, auth=auth if self.is_twilio(url) else None, stream=True, timeout=CALL_TIMEOUT, allow_redirects=False
+                ) as answer:
+                    if answer.is_redirect:
+                        url = requests.compat.urljoin(url, answer.headers["Location"])
+                        if not (url.startswith("https://") or self.is_twilio(url)):
+                            raise ToolError("the file was redirected to an address without TLS")
+                        continue
+                    answer.raise_for_status()
+                    return self.read(answer, limit)
+        except requests.RequestException as error:
+            raise ToolError(f"the file could not be had: {type(error).__name__}") from None
+        raise ToolError("too many redirects")
+
+    @staticmethod
+    def read(answer: Any, limit: int) -> bytes:
+        """Return a download's body, at most `limit` bytes and twice CALL_TIMEOUT seconds of it."""
+        end, data = time.monotonic() + 2 * CALL_TIMEOUT, bytearray()
+        for chunk in answer.iter_content(65536):
+            data += chunk
+            if len(data) > limit:
+                raise ToolError(f"the file is larger than {limit // 1024} KiB")
+            if time.monotonic() > end:
+                raise ToolError("the download took too long")
+        return bytes(data)
+
+    def is_twilio(self, url: str) -> bool:
+        """Tell whether a URL is Twilio's own (TWILIO_API_URL stands for it)."""
+        parts, local = urlsplit(url), self.settings.twilio_api_url
+        if local and f"{parts.scheme}://{parts.netloc}" == local.rstrip("/"):
+            return True
+        return parts.scheme == "https" and (parts.hostname or "").endswith(".twilio.com")
+
+
+def cut(text: str, limit: int = WhatsApp.TEXT) -> list[str]:
+    """Return a text in pieces of at most `limit` UTF-16 units, cut at white space where there is some."""
+    pieces = []
+    while len(text.encode("utf-16-le", "surrogatepass")) > 2 * limit:
+        head = text.encode("utf-16-le", "surrogatepass")[: 2 * limit].decode("utf-16-le", "ignore")
+        at = max(head.rfind("\n"), head.rfind(" "))
+        at = at if at > limit // 2 else len(head)
+        pieces.append(text[:at].strip())
+        text = text[at:]
+    return [piece for piece in [*pieces, text.strip()] if piece]
+
+
+def retry_after(headers: Mapping[str, str], default: float) -> float:
+    """Return the seconds of a Retry-After header (RFC 9110 10.2.3), `default` where there is none to read."""
+    value = headers.get("Retry-After") or headers.get("retry-after") or ""
+    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    return default
