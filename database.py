@@ -26,7 +26,8 @@ def load_queries(path: Path = HERE / "queries.sql") -> dict[str, str]:
     """Return the statements of a file by the name in the line `-- name: …` above each."""
     sections = re.split(r"(?m)^-- name: (\w+)$", path.read_text("utf-8"))
     # Comments go: pg8000 would take a colon in one for a parameter.
-    return {name: re.sub(r"(?m)--.*$", "", sql).strip() for name, sql in zip(sections[1::2], sections[2::2], strict=True)}
+    statements = zip(sections[1::2], sections[2::2], strict=True)
+    return {name: re.sub(r"(?m)--.*$", "", sql).strip() for name, sql in statements}
 
 
 QUERIES = load_queries()
@@ -76,7 +77,8 @@ def tls(mode: str, root: str | None) -> ssl.SSLContext | bool | None:
     if mode == "require":
         return True
     if mode not in ("verify-ca", "verify-full"):
-        raise ConfigurationError(f"DATABASE_URL: sslmode={mode!r} is none of disable, prefer, require, verify-ca, verify-full")
+        known = "disable, allow, prefer, require, verify-ca, verify-full"
+        raise ConfigurationError(f"DATABASE_URL: sslmode={mode!r} is none of {known}")
     context = ssl.create_default_context(cafile=root)
     context.check_hostname = mode == "verify-full"
     return context
@@ -190,7 +192,8 @@ def migrate(url: str) -> bool:
         with database.connection() as connection:
             connection._usock.settimeout(None)
             connection.run("SET statement_timeout = 0")
-            connection.run(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")  # two processes at once: one waits, then finds it done
+            # Of two processes at once, one waits here and then finds the work done.
+            connection.run(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
             if installed_version(connection) >= schema_version(text):
                 return False
             connection.run(f"BEGIN;\n{text}\nCOMMIT")

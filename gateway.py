@@ -66,6 +66,8 @@ POLLS_PER_SECOND = 100.0
 BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
 SEND_FOR = 24 * 3600.0  # seconds a reply is tried for; WhatsApp's window is shut afterwards
 DRAIN = 25.0  # seconds that SIGTERM leaves to the steps in hand
+# Told to the model before messages that were written before its last answer reached the user.
+UNREAD = "Tu respuesta anterior se envió antes de que leyeras lo que sigue; el usuario escribió esto sin haberla visto."
 
 log = logging.getLogger("hilo")
 
@@ -84,7 +86,9 @@ class BadRequest(Exception):
         self.status = status
 
 
-def store_inbound(db: Database, form: Mapping[str, str], burst: float, at: datetime | None = None) -> dict[str, Any] | None:
+def store_inbound(
+    db: Database, form: Mapping[str, str], burst: float, at: datetime | None = None
+) -> dict[str, Any] | None:
     """Store one message of Twilio's form and make or refresh its user's run; None where its sid is known."""
     form = {key: value.replace("\x00", "") for key, value in form.items()}
     missing = [key for key in ("MessageSid", "From", "To") if not form.get(key)]
@@ -258,7 +262,7 @@ class ThreadsAdapter:
         return thread_id
 
     def start_run(self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]]) -> Response:
-        """Start one response on the run's conversation. There is no idempotency here: the caller marks the row first."""
+        """Start one response on the run's conversation. There is no idempotency: the caller marks the row first."""
         body: dict[str, Any] = {"tools": self.definitions(assistant), "input": input_items}
         if assistant.reasoning_effort:
             body["reasoning"] = {"effort": assistant.reasoning_effort}
@@ -446,7 +450,7 @@ class Journey:
         """Return a note for the model where the first message was written before the last answer reached the user."""
         last = self.db.one("written_before", u=run.user_phone, id=run.id)
         if last and last["written_at"] > row["at"]:
-            return "Tu respuesta anterior se envió antes de que leyeras lo que sigue; el usuario lo escribió sin haberla visto."
+            return UNREAD
         return None
 
     def read(self, run: Run, message: Message) -> str | list[dict[str, Any]]:
@@ -564,9 +568,10 @@ class Journey:
     def came_to_nothing(self, run: Run, response: Response) -> None:
         """A response failed, was cancelled or says nothing: once more on a new conversation, or the fallback."""
         code = response.error.code if response.error else response.status
-        if code in ("server_error", "rate_limit_exceeded"):
+        passing = code in ("server_error", "rate_limit_exceeded")
+        if passing:
             self.threads.breaker.failed()
-        if run.tries + 1 < TRIES and run.seconds_left > 3 and code in ("server_error", "rate_limit_exceeded", "completed"):
+        if run.tries + 1 < TRIES and run.seconds_left > 3 and (passing or code == "completed"):
             self.runs.rotate(run, f"the response ended as {code}")
             return self.runs.put_down(run, 0.5)
         run.log.warning("⚠️ response %s ended as %s", response.id, code)
@@ -596,7 +601,8 @@ class Journey:
         rows = [{"call_id": c.call_id, "name": c.name, "arguments": c.arguments} for c in calls]
         ids = [call.call_id for call in calls]
         longest = max((tools[c.name].timeout for c in calls if c.name in tools), default=0.0)
-        begun = self.runs.renew(run, longest, "begin_calls", resp=response.id, calls=json.dumps(rows), ids=ids)["known"] or {}
+        facts = {"resp": response.id, "calls": json.dumps(rows), "ids": ids}
+        begun = self.runs.renew(run, longest, "begin_calls", **facts)["known"] or {}
         run.check_lease()
         jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
         for job in jobs:
@@ -605,8 +611,10 @@ class Journey:
         outputs = {row["call_id"]: row["output"] for row in self.db.all("outputs", ids=ids)}
         return [{"type": "function_call_output", "call_id": id, "output": outputs[id]} for id in ids]
 
-    def begin_call(self, run: Run, call: ResponseFunctionToolCall, tool: Tool | None, before: str | None) -> ToolCall | None:
-        """Start a call in a thread of its own; None where its output is known. `before`: what an earlier worker left."""
+    def begin_call(
+        self, run: Run, call: ResponseFunctionToolCall, tool: Tool | None, before: str | None
+    ) -> ToolCall | None:
+        """Start a call in a thread of its own, None where its output is known; `before` is what a lost worker left."""
         save = partial(self.save_output, run, call)
         if before:
             return None
@@ -720,7 +728,8 @@ class Journey:
     def back_to_queue(self, run: Run, part: Mapping[str, Any], why: str, seconds: float) -> None:
         """Try a part again later: it was certainly not sent. After a day it is given up."""
         row = self.runs.fenced(run, "not_sent", part=part["id"], long=SEND_FOR)
-        run.log.warning("⚠️ Part not sent (%s): %s", why, "given up" if row["state"] == "failed" else f"again in {seconds:.0f} s")
+        then = "given up" if row["state"] == "failed" else f"again in {seconds:.0f} s"
+        run.log.warning("⚠️ Part not sent (%s): %s", why, then)
         self.runs.put_down(run, seconds)
 
     def refused(self, run: Run, part: Mapping[str, Any], refusal: Refused) -> None:
@@ -790,9 +799,10 @@ class Journey:
     def send_part(self, context: Context, part: str | Part) -> None:
         """Context.send: one more part of the run, which leaves before its reply."""
         for piece in sized(parts_of(part)):
+            variables = json.dumps(dict(piece.variables)) if piece.variables else None
             self.db.one(
-                "queue_part", to=piece.to or context.address, text=piece.text, run=context.run_id, media=piece.media_url,
-                content=piece.content_sid, variables=json.dumps(dict(piece.variables)) if piece.variables else None,
+                "queue_part", to=piece.to or context.address, text=piece.text, run=context.run_id,
+                media=piece.media_url, content=piece.content_sid, variables=variables,
             )  # fmt: skip
 
     def download(self, media: Media, limit: int) -> bytes:
@@ -989,9 +999,9 @@ class Gateway:
         if row and row["wake"]:
             self.workers.woken(0)
         if row and row["state"] in ("failed", "undelivered"):
-            log.warning("⚠️ run=%s %s part %s: %s", row["run_id"], mask(row["user_phone"]), row["state"], row["error_code"])
-            self.journey.events.put(Event("message_failed", datetime.now(UTC), row["run_id"], row["user_phone"],
-                                          {"code": row["error_code"]}))  # fmt: skip
+            run_id, user, code = row["run_id"], row["user_phone"], row["error_code"]
+            log.warning("⚠️ run=%s %s part %s: %s", run_id, mask(user), row["state"], code)
+            self.journey.events.put(Event("message_failed", datetime.now(UTC), run_id, user, {"code": code}))
         return self.plain(200, NO_REPLY, "text/xml")
 
     def openai_webhook(self) -> Any:
@@ -1003,7 +1013,7 @@ class Gateway:
             headers = {name.lower(): value for name, value in bottle.request.headers.items()}
             event = self.journey.threads.unwrap(body, headers)
             response_id = str(event.data.id)
-        except Exception as error:  # the SDK raises many kinds, each of which means that the event is not to be believed
+        except Exception as error:  # the SDK raises many kinds, and each means that the event is not to be believed
             log.warning("⚠️ OpenAI webhook refused: %s", type(error).__name__)
             return self.plain(400, "the webhook's signature or body is not valid")
         self.last_event = datetime.now(UTC)
@@ -1039,16 +1049,16 @@ class Gateway:
             "runs": {row["state"]: row["n"] for row in runs}
             | {"oldest_due_seconds": max((row["late"] or 0 for row in runs), default=0)},
         }
-        return bottle.HTTPResponse(
-            json.dumps(state, ensure_ascii=False), 200 if state["status"] == "ok" else 503, headers={"Content-Type": "application/json"}
-        )
+        status = 200 if state["status"] == "ok" else 503
+        return self.plain(status, json.dumps(state, ensure_ascii=False), "application/json")
 
     def assistant_state(self) -> dict[str, Any]:
         """Say which assistant answers, or why none does."""
-        name = self.settings.assistant_id
-        enabled = bool(name in self.journey.assistants and self.settings.openai_api_key and self.settings.threads_integration_enabled)
-        why = legacy_assistant(name) or (None if enabled else "OPENAI_API_KEY or ASSISTANT_ID is not set, or it is switched off")
+        name, switched_on = self.settings.assistant_id, self.settings.threads_integration_enabled
         assistant = self.journey.assistants.get(name or "")
+        enabled = bool(assistant and self.settings.openai_api_key and switched_on)
+        lacking = "OPENAI_API_KEY or ASSISTANT_ID is not set" if switched_on else "switched off"
+        why = legacy_assistant(name) or (None if enabled else lacking)
         return {"id": name, "model": assistant and assistant.model, "enabled": enabled, "error": why}
 
 
@@ -1057,9 +1067,9 @@ class Server:
 
     def __init__(self, gateway: Gateway, host: str, port: int):
         self.server = waitress.create_server(
-            gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500, backlog=2048,
-            asyncore_use_poll=True, channel_timeout=120, max_request_body_size=BODY_LIMIT, clear_untrusted_proxy_headers=True,
-            ident=None,
+            gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500,
+            backlog=2048, asyncore_use_poll=True, channel_timeout=120, max_request_body_size=BODY_LIMIT,
+            clear_untrusted_proxy_headers=True, ident=None,
         )  # fmt: skip
         self.port = self.server.effective_port
         self.thread = threading.Thread(target=self.server.run, name="web", daemon=True)
@@ -1067,8 +1077,8 @@ class Server:
     def drain(self, seconds: float = 5.0) -> None:
         """Stop listening, and return when the requests in hand are answered."""
         self.server.trigger.pull_trigger(lambda: (self.server.del_channel(), self.server.socket.close()))
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(self.server.active_channels.values())):
+        end, channels = time.monotonic() + seconds, self.server.active_channels
+        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
             time.sleep(0.02)
 
 

@@ -35,7 +35,7 @@ def setting(needs: str, default: Any = None, **constraints: Any) -> Any:
 class Settings(pydantic.BaseModel):
     """What the environment says. Attributes are the variables' names in lower case."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", str_strip_whitespace=True, hide_input_in_errors=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", str_strip_whitespace=True)
 
     database_url: pydantic.SecretStr | None = setting("postgresql://user:password@host:port/database")
     port: int = setting("a port number from 1 to 65535", 8000, ge=1, le=65535)

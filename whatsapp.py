@@ -35,22 +35,23 @@ def message_of(row: Mapping[str, Any]) -> Message:
     count = int(raw.get("NumMedia") or 0) if (raw.get("NumMedia") or "0").isdigit() else 0
     media = [
         Media(raw[f"MediaUrl{n}"], raw.get(f"MediaContentType{n}", "").split(";")[0].strip().lower())
-        for n in range(min(count, 10)) if f"MediaUrl{n}" in raw
+        for n in range(min(count, 10))
+        if f"MediaUrl{n}" in raw
     ]  # fmt: skip
     place = None
     with contextlib.suppress(KeyError, ValueError):
         place = (float(raw["Latitude"]), float(raw["Longitude"]))
     button = raw.get("ButtonPayload") or raw.get("ButtonText") or raw.get("ListId") or None
-    return Message(
-        row["sid"], row["user_phone"], row["body"], tuple(media), button, place, raw.get("ProfileName", ""), row["at"], raw
-    )
+    name = raw.get("ProfileName", "")
+    return Message(row["sid"], row["user_phone"], row["body"], tuple(media), button, place, name, row["at"], raw)
 
 
 def plain_input(message: Message) -> str:
     """Return what the model reads for a message that no plugin took: never nothing."""
     kinds = [media.content_type.partition("/")[0] for media in message.media]
     said = [message.text] if message.text.strip() else [message.raw.get("ButtonText", "")]
-    return "\n".join(filter(None, [*said, *(PLACEHOLDERS.get(kind, PLACEHOLDERS[""]) for kind in kinds)])) or PLACEHOLDERS[""]
+    told = [*said, *(PLACEHOLDERS.get(kind, PLACEHOLDERS[""]) for kind in kinds)]
+    return "\n".join(filter(None, told)) or PLACEHOLDERS[""]
 
 
 class NotSent(Exception):
@@ -216,9 +217,8 @@ class WhatsApp:
         try:
             for _ in range(4):
                 auth = (self.settings.twilio_account_sid or "", token.get_secret_value() if token else "")
-                with requests.get(
-                    url, auth=auth if self.is_twilio(url) else None, stream=True, timeout=CALL_TIMEOUT, allow_redirects=False
-                ) as answer:
+                own = auth if self.is_twilio(url) else None
+                with requests.get(url, auth=own, stream=True, timeout=CALL_TIMEOUT, allow_redirects=False) as answer:
                     if answer.is_redirect:
                         url = requests.compat.urljoin(url, answer.headers["Location"])
                         if not (url.startswith("https://") or self.is_twilio(url)):

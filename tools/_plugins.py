@@ -145,7 +145,9 @@ def problem(text: str) -> str:
     return json.dumps({"error": text}, ensure_ascii=False)
 
 
-UNKNOWN_OUTCOME = problem("se interrumpió y no se sabe si llegó a hacerse; no la repitas: dile al usuario que se va a verificar")
+UNKNOWN_OUTCOME = problem(
+    "se interrumpió y no se sabe si llegó a hacerse; no la repitas: dile al usuario que se va a verificar"
+)
 
 
 class ToolCall:
