@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl, quote_plus, urlencode, urlsplit
 
 import bottle
@@ -40,6 +40,9 @@ import waitress
 from bottle import HTTPResponse, request
 from twilio.request_validator import HMAC_SHA1, SIGNATURE_HEADER, SIGNATURE_SETTINGS_HEADER, RequestValidator
 from waitress import wasyncore
+
+if TYPE_CHECKING:
+    from page import ChatPage, PageOptions
 
 log = logging.getLogger("simulator")
 
@@ -53,6 +56,7 @@ WEBHOOK_SECONDS = 15.0
 TYPING_SECONDS = 25.0
 GATE_SECONDS = 60.0
 CALLBACK_POSTERS = 4
+PAGE_THREADS = 32  # each open chat page holds one for its events
 # What becomes of an accepted message: each state, and the seconds after the one before it.
 PROGRESS = (("queued", 0.0), ("sent", 0.02), ("delivered", 0.02), ("read", 0.05))
 RANK = {"queued": 0, "sent": 1, "undelivered": 2, "failed": 2, "delivered": 3, "read": 4}
@@ -106,11 +110,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Typing:
-    """A typing indicator shown to `address`, in answer to its message `message_sid`; `at` is time.monotonic()."""
+    """A typing indicator shown to `address`, in answer to its message `message_sid`."""
 
     address: str
     message_sid: str
-    at: float
+    at: datetime
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class Records:
     def show_typing(self, address: str, message_sid: str) -> None:
         """Note a typing indicator for this user."""
         with self.changed:
-            self.typing.append(Typing(address, message_sid, time.monotonic()))
+            self.typing.append(Typing(address, message_sid, datetime.now(UTC)))
         self.tell(address)
 
     def note_callback(self, callback: Callback, address: str) -> None:
@@ -241,6 +245,7 @@ FAULTS = {
     "typing": {"error", "hang", "refuse"},
     "webhook": {"lost", "repeat", "slow"},
     "callback": {"lost", "repeat", "shuffle"},
+    "openai": {"error", "slow"},  # on the way through the chat page's proxy
 }
 
 
@@ -297,6 +302,12 @@ class Faults:
                     fault.left -= 1
                     return fault
         return None
+
+    def disarm(self, fault: Fault) -> None:
+        """End one fault."""
+        with self._lock:
+            self._armed = [other for other in self._armed if other is not fault]
+        fault.left = 0
 
     def clear(self, on: str | None = None) -> None:
         """Disarm all faults, or all on one thing, and let go of what a gate holds."""
@@ -494,13 +505,14 @@ class Simulator:
 
     `gateway_url` is where webhooks go (it can be set later); they are signed with `webhook_secret` (default: the
     auth token) for `public_url` (default: the gateway's). `port` 0 takes a free one. With `callbacks` false no
-    status callback is posted; the states advance all the same, after `progress`.
+    status callback is posted; the states advance all the same, after `progress`. With a `page` the chat page is
+    mounted at /chat/ and messages become `read` when somebody there sees them.
     """
 
     def __init__(self, gateway_url: str = "", account_sid: str = ACCOUNT_SID, auth_token: str = AUTH_TOKEN,
                  number: str = "whatsapp:+14155238886", port: int = 0, webhook_secret: str | None = None,
                  callbacks: bool = True, *, public_url: str | None = None, threads: int = 32,
-                 progress: Sequence[tuple[str, float]] = PROGRESS) -> None:
+                 progress: Sequence[tuple[str, float]] = PROGRESS, page: PageOptions | None = None) -> None:
         self.gateway_url = gateway_url
         self.public_url = public_url
         self.account_sid = account_sid
@@ -516,9 +528,25 @@ class Simulator:
         self.stopping = threading.Event()
         self._courier = Courier(webhook_secret or auth_token)
         self._timer = Timer()
-        self._server = Server(self.app, port, threads)
+        self._server = Server(self.app, port, threads + (PAGE_THREADS if page else 0))
         self._files: dict[str, Media] = {}
+        self.app.add_hook("before_request", self._refuse_other_hosts)
         Rest(self).mount(self.app)
+        self._page = self._mount_page(page) if page else None
+
+    def _mount_page(self, options: PageOptions) -> ChatPage:
+        from page import ChatPage  # only here: a gateway has no use for it
+
+        page = ChatPage(self, options)
+        page.mount(self.app)
+        self.progress = [step for step in self.progress if step[0] != "read"]
+        return page
+
+    def _refuse_other_hosts(self) -> None:
+        """A name that leads here from elsewhere (DNS rebinding) gets nothing."""
+        host, _, port = request.environ.get("HTTP_HOST", "").rpartition(":")
+        if host not in (HOST, "localhost") or port not in (str(self._server.port), str(self._server.files_port)):
+            raise HTTPResponse("only as 127.0.0.1 or localhost", 421)
 
     # Life
 
@@ -526,6 +554,11 @@ class Simulator:
     def url(self) -> str:
         """Scheme, host and port: what TWILIO_API_URL is set to."""
         return f"http://{HOST}:{self._server.port}"
+
+    @property
+    def page_url(self) -> str:
+        """Where the chat page is."""
+        return f"{self.url}/chat/"
 
     @property
     def files_url(self) -> str:
@@ -541,6 +574,8 @@ class Simulator:
         """End every connection and thread; what a gate holds is let go."""
         self.stopping.set()
         self.faults.clear()
+        if self._page:
+            self._page.close()
         self._courier.close()
         self._timer.stop()
         self._server.stop()
@@ -707,6 +742,9 @@ class Simulator:
     def file(self, sid: str) -> Media | None:
         """The media with this sid."""
         return self._files.get(sid)
+
+
+# --- Forms ------------------------------------------------------------------------------------------------
 
 
 def whatsapp(address: str) -> str:
