@@ -244,12 +244,12 @@ class ThreadsAdapter:
 
     def get_or_create_thread_id(self, run: Run) -> str:
         """Return the user's conversation; a new one is told the last messages of our own transcript."""
-        row = self.db.one("thread", u=run.user_phone)
-        if row and row["thread_id"].startswith("conv_"):
-            run.log.info("🧵 Thread ID: %s (reused)", row["thread_id"])
-            return row["thread_id"]
-        if row:
-            run.log.warning("⚠️ thread %s is of the Assistants API, which is gone: replaced", row["thread_id"])
+        known = run.turn[0]["thread_id"]
+        if known and known.startswith("conv_"):
+            run.log.info("🧵 Thread ID: %s (reused)", known)
+            return known
+        if known:
+            run.log.warning("⚠️ thread %s is of the Assistants API, which is gone: replaced", known)
         seeds = [
             {"type": "message", "role": turn.role, "content": turn.text[:4000]}
             for turn in history(self.db, run.user_phone, SEED_MESSAGES, run.id)
@@ -384,7 +384,7 @@ class Journey:
         assistant = self.assistant_for(run, message_of(open_rows[-1]))
         if assistant is None:
             return self.fall_back(run, "no_assistant")
-        self.ask(run, assistant, lambda: [*self.inputs(run, open_rows), *self.calls_so_far(run)])
+        self.ask(run, assistant, lambda: [*self.inputs(run, open_rows), *(self.calls_so_far(run) if run.tries else ())])
 
     def why_not(self, run: Run) -> str | None:
         """Return the reason why this turn is not for the model, None where it is."""
@@ -443,15 +443,8 @@ class Journey:
                 if not isinstance(row["input"], str) or row["input"] != row["body"]:
                     self.db.one("save_input", id=row["id"], input=json.dumps(row["input"]))
         items = [{"role": "user", "content": row["input"]} for row in rows]
-        late = self.unread_before(run, rows[0]) if rows else None
-        return [{"role": "developer", "content": late}, *items] if late else items
-
-    def unread_before(self, run: Run, row: Mapping[str, Any]) -> str | None:
-        """Return a note for the model where the first message was written before the last answer reached the user."""
-        last = self.db.one("written_before", u=run.user_phone, id=run.id)
-        if last and last["written_at"] > row["at"]:
-            return UNREAD
-        return None
+        unread = rows[0]["answered_at"] and rows[0]["at"] < rows[0]["answered_at"]
+        return [{"role": "developer", "content": UNREAD}, *items] if unread else items
 
     def read(self, run: Run, message: Message) -> str | list[dict[str, Any]]:
         """Return what the model reads for a message, from the first plugin that knows its kind."""
@@ -556,7 +549,9 @@ class Journey:
             if late is None or late.status != "completed":
                 return self.fall_back(run, "timeout")
             response = late
-        self.note(response)
+        usage = response.usage
+        tokens = {"i": usage.input_tokens if usage else None, "o": usage.output_tokens if usage else None}
+        run.ended = {"resp": response.id, "status": response.status, **tokens}
         calls = [item for item in response.output if item.type == "function_call"]
         text = fetch_last_assistant_message(response)
         if response.status == "completed" and calls:
@@ -572,16 +567,11 @@ class Journey:
         if passing:
             self.threads.breaker.failed()
         if run.tries + 1 < TRIES and run.seconds_left > 3 and (passing or code == "completed"):
+            self.db.one("note_response", **run.ended)
             self.runs.rotate(run, f"the response ended as {code}")
             return self.runs.put_down(run, 0.5)
         run.log.warning("⚠️ response %s ended as %s", response.id, code)
         self.fall_back(run, "timeout" if run.seconds_left <= 0 else "error")
-
-    def note(self, response: Response) -> None:
-        """Keep how a response ended and what it cost."""
-        usage = response.usage
-        tokens = {"i": usage.input_tokens if usage else None, "o": usage.output_tokens if usage else None}
-        self.db.one("note_response", id=response.id, status=response.status, **tokens)
 
     def use_tools(self, run: Run, response: Response, calls: list[ResponseFunctionToolCall]) -> None:
         """Run a response's tool calls, in parallel, and start the next response with all their outputs."""
@@ -601,7 +591,7 @@ class Journey:
         rows = [{"call_id": c.call_id, "name": c.name, "arguments": c.arguments} for c in calls]
         ids = [call.call_id for call in calls]
         longest = max((tools[c.name].timeout for c in calls if c.name in tools), default=0.0)
-        facts = {"resp": response.id, "calls": json.dumps(rows), "ids": ids}
+        facts = {"calls": json.dumps(rows), "ids": ids, **run.ended}
         begun = self.runs.renew(run, longest, "begin_calls", **facts)["known"] or {}
         run.check_lease()
         jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
@@ -683,18 +673,21 @@ class Journey:
 
     def deliver(self, run: Run) -> None:
         """Send the parts that are not sent yet, in order; put the run down where one has to wait."""
-        if not self.settle_doubt(run):
+        if run.doubt and not self.settle_doubt(run):
             return
-        while True:
+        more = True
+        while more:
             part = self.next_part(run)
             if part is None:
-                return self.done(run)
+                break
             if part["state"] == "withheld":
                 run.log.info("🤐 Part withheld: the user is in mode %s", part["mode"])
             elif part["hold_for"] is not None:
                 return self.runs.put_down(run, part["hold_for"])
-            elif not self.send(run, part):
-                return
+            else:
+                more = self.send(run, part)
+        if run.held:
+            self.done(run)
 
     def next_part(self, run: Run) -> dict[str, Any] | None:
         """Return the next part, now in state `sending`; None where all have been dealt with."""
@@ -702,7 +695,7 @@ class Journey:
         return row if row["id"] else None
 
     def send(self, run: Run, part: Mapping[str, Any]) -> bool:
-        """Hand one part to Twilio; False where the run was put down to try again."""
+        """Hand one part to Twilio; False where there is no more to send, or the run was put down to try again."""
         run.check_lease()
         try:
             sid = self.whatsapp.send(part, part["address"], run.own_number)
@@ -717,13 +710,14 @@ class Journey:
             self.runs.put_down(run, CALL_TIMEOUT + GRACE)
             return False
         step("accepted", run)
-        self.sent(part["id"], sid)
+        more = self.sent(part["id"], sid)
         step("sent", run)
-        return True
+        return more
 
-    def sent(self, part_id: int, sid: str) -> None:
-        """Record Twilio's sid for a part: a fact, so it needs no fence, and a callback may have been faster."""
-        self.db.one("sent", id=part_id, sid=sid)
+    def sent(self, part_id: int, sid: str) -> bool:
+        """Record Twilio's sid for a part, unless a callback was faster; return whether the run has more to send."""
+        row = self.db.one("sent", id=part_id, sid=sid)
+        return row is None or row["more"]
 
     def back_to_queue(self, run: Run, part: Mapping[str, Any], why: str, seconds: float) -> None:
         """Try a part again later: it was certainly not sent. After a day it is given up."""
@@ -768,14 +762,12 @@ class Journey:
 
     def done(self, run: Run) -> None:
         """End the turn, and say how it went."""
-        facts = self.db.one("delivery", id=run.id) or {}
-        lost = facts["lost"] > 0
-        row = self.runs.finish(run, "undelivered" if lost else None, str(facts["code"]) if lost else None)
+        row = self.runs.finish(run)
         seconds = f"{row['seconds']:.1f}".replace(".", ",")
-        count = f"{facts['sent']} parte{'s' if facts['sent'] != 1 else ''}"
-        if facts["sent"]:
-            run.log.info("📤 Respuesta enviada (%s, %s s desde el mensaje)", count, seconds)
-        run.log.info("%s %s", "⚠️" if lost else "✅", row["outcome"])
+        if row["sent"]:
+            plural = "s" if row["sent"] != 1 else ""
+            run.log.info("📤 Respuesta enviada (%d parte%s, %s s desde el mensaje)", row["sent"], plural, seconds)
+        run.log.info("%s %s", "⚠️" if row["outcome"] == "undelivered" else "✅", row["outcome"])
         step("done", run)
         self.tell("run_finished", run, outcome=row["outcome"], seconds=row["seconds"])
 
@@ -905,10 +897,9 @@ class Gateway:
         """Start everything but the web server."""
         self.journey.events.thread.start()
         self.workers.start(self.journey)
-        if self.settings.worker_threads:
-            self.upkeep.thread.start()
-            if self.settings.openai_api_key:
-                threading.Thread(target=self.journey.threads.warm, daemon=True).start()
+        self.upkeep.thread.start()
+        if self.settings.openai_api_key or self.settings.openai_webhook_secret:
+            threading.Thread(target=self.journey.threads.warm, daemon=True).start()
 
     def stop(self) -> None:
         """Finish the steps in hand, within DRAIN seconds; what is left is a row."""

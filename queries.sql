@@ -33,7 +33,10 @@ u AS (
         deadline = coalesce(deadline, now() + :timeout::float8 * interval '1 s')
     WHERE id = (SELECT id FROM r) RETURNING deadline)
 SELECT x.id, x.sid, x.user_phone, x.body, x.raw, x.opt, x.input, x.reply, x.at,
-    extract(epoch FROM (SELECT deadline FROM u) - now())::float8 AS "left"
+    extract(epoch FROM (SELECT deadline FROM u) - now())::float8 AS "left",
+    (SELECT thread_id FROM oa_threads_map o WHERE o.user_phone = x.user_phone) AS thread_id,
+    (SELECT written_at FROM runs o WHERE o.user_phone = x.user_phone AND o.id < :id AND o.outcome IN ('answered', 'fallback')
+        ORDER BY o.id DESC LIMIT 1) AS answered_at
 FROM (SELECT * FROM t UNION ALL SELECT m.* FROM messages m, r WHERE m.run_id = r.id AND m.direction = 'in') x
 ORDER BY x.id
 
@@ -54,16 +57,9 @@ SELECT mode FROM users WHERE user_phone = :u
 -- The run that answers an opt-out word still sends its reply.
 UPDATE users SET mode_run = :run WHERE user_phone = :u RETURNING mode
 
--- name: written_before
-SELECT written_at FROM runs WHERE user_phone = :u AND id < :id AND outcome IN ('answered', 'fallback')
-ORDER BY id DESC LIMIT 1
-
 -- name: renew
 UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
 WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING id
-
--- name: thread
-SELECT thread_id FROM oa_threads_map WHERE user_phone = :u
 
 -- name: save_thread
 INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, :thread FROM runs WHERE id = :id AND attempt = :a
@@ -97,7 +93,7 @@ FROM w WHERE r.id = :id AND r.attempt = :a RETURNING extract(epoch FROM r.due_at
 -- name: note_response
 UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
     output_tokens = :o::int
-WHERE id = :id RETURNING id
+WHERE id = :resp RETURNING id
 
 -- name: wake_by_response
 WITH w AS (
@@ -122,8 +118,11 @@ d AS (DELETE FROM oa_threads_map WHERE user_phone = (SELECT user_phone FROM r))
 SELECT 1 AS done FROM r
 
 -- name: begin_calls
--- Records that the calls begin; tells which an earlier worker had begun, with their outputs.
-WITH r AS (
+-- Records how the response ended and that its calls begin; tells which an earlier worker had begun, with their outputs.
+WITH e AS (
+    UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
+        output_tokens = :o::int WHERE id = :resp),
+r AS (
     UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
     WHERE id = :id AND attempt = :a AND state = 'waiting' RETURNING id),
 i AS (
@@ -144,8 +143,11 @@ SELECT call_id, output FROM tool_calls WHERE call_id = ANY(:ids)
 SELECT call_id, name, arguments, output FROM tool_calls WHERE run_id = :id ORDER BY started_at, call_id
 
 -- name: write
--- The reply's parts become rows; with leave, no thread is left behind for the next turn.
-WITH r AS (
+-- The reply's parts become rows; with leave, no thread is left behind for the next turn. How the response ended is noted.
+WITH e AS (
+    UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
+        output_tokens = :o::int WHERE id = :resp),
+r AS (
     UPDATE runs SET state = 'sending', outcome = :outcome, reason = :reason, written_at = now(), creating = false
     WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING id, user_phone),
 d AS (DELETE FROM oa_threads_map WHERE :leave AND user_phone = (SELECT user_phone FROM r)),
@@ -184,9 +186,13 @@ SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, CASE WHEN n.hold_for 
 FROM r LEFT JOIN n ON true LEFT JOIN s ON s.id = n.id
 
 -- name: sent
-UPDATE messages SET sid = coalesce(sid, :sid), updated_at = now(),
-    state = CASE WHEN state_rank(state) < state_rank('sent') THEN 'sent' ELSE state END
-WHERE id = :id RETURNING id
+-- A fact, so it needs no fence. Tells whether the run has more parts to send.
+WITH s AS (
+    UPDATE messages SET sid = coalesce(sid, :sid), updated_at = now(),
+        state = CASE WHEN state_rank(state) < state_rank('sent') THEN 'sent' ELSE state END
+    WHERE id = :id RETURNING id, run_id)
+SELECT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = s.run_id AND m.direction = 'out' AND m.id <> s.id
+    AND m.state IN ('queued', 'sending')) AS more FROM s
 
 -- name: not_sent
 -- Certainly not sent: it goes again, for a day at most.
@@ -224,23 +230,23 @@ w AS (
 SELECT m.id, m.run_id, m.user_phone, m.state, m.error_code, w.id IS NOT NULL AND NOT w.held AS wake
 FROM m LEFT JOIN w ON true
 
--- name: delivery
-SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code) AS code,
-    count(*) FILTER (WHERE state IN ('failed', 'undelivered')) AS lost
-FROM messages WHERE run_id = :id AND direction = 'out'
-
 -- name: finish
 -- What arrived meanwhile becomes the next turn, a burst after the last message.
-WITH f AS (
-    UPDATE runs SET state = 'done', held = false, outcome = coalesce(:outcome, outcome, 'intercepted'),
-        reason = coalesce(:reason, reason), finished_at = now()
-    WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at),
+WITH p AS (
+    SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
+        count(*) FILTER (WHERE state IN ('failed', 'undelivered')) AS lost
+    FROM messages WHERE run_id = :id AND direction = 'out'),
+f AS (
+    UPDATE runs SET state = 'done', held = false, finished_at = now(),
+        outcome = CASE WHEN p.lost > 0 THEN 'undelivered' ELSE coalesce(outcome, 'intercepted') END,
+        reason = CASE WHEN p.lost > 0 THEN p.code ELSE reason END
+    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at, sent),
 n AS (
     INSERT INTO runs (user_phone, due_at, pending)
     SELECT user_phone, greatest(now(), (SELECT max(m.at) FROM messages m WHERE m.user_phone = f.user_phone
         AND m.direction = 'in' AND m.run_id IS NULL) + :burst::float8 * interval '1 s'), pending
     FROM f WHERE pending > 0 RETURNING due_at)
-SELECT f.outcome, extract(epoch FROM now() - f.created_at)::float8 AS seconds,
+SELECT f.outcome, f.sent, extract(epoch FROM now() - f.created_at)::float8 AS seconds,
     (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM f
 
 -- name: open_runs

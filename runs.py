@@ -56,9 +56,11 @@ class Run:
     lease_until: float
     turn: list[dict[str, Any]] = field(default_factory=list)
     held: bool = True
+    ended: dict[str, Any] = field(default_factory=lambda: {"resp": None, "status": None, "i": None, "o": None})
 
     def __post_init__(self) -> None:
         self.log = RunLog(log, {"run": self.id, "address": mask(self.user_phone)})
+        self.doubt = self.state == "sending"  # a part may have been sent by a worker that is gone
         self.deadline = None if self.left is None else time.monotonic() + self.left
 
     @property
@@ -128,12 +130,12 @@ class Runs:
     def write(self, run: Run, parts: list[Part], outcome: str, reason: str | None = None, leave: bool = False) -> None:
         """Make the reply's parts rows; `leave` leaves no thread behind for the next turn."""
         rows = [{k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(part).items()} for part in parts]
-        self.fenced(run, "write", parts=json.dumps(rows), outcome=outcome, reason=reason, leave=leave)
+        self.fenced(run, "write", parts=json.dumps(rows), outcome=outcome, reason=reason, leave=leave, **run.ended)
         run.state = "sending"
 
-    def finish(self, run: Run, outcome: str | None = None, reason: str | None = None) -> dict[str, Any]:
-        """End the turn; what arrived meanwhile becomes the next one. Returns outcome and seconds."""
-        row = self.fenced(run, "finish", outcome=outcome, reason=reason, burst=self.settings.burst_seconds)
+    def finish(self, run: Run) -> dict[str, Any]:
+        """End the turn; what arrived meanwhile becomes the next one. Returns outcome, parts sent and seconds."""
+        row = self.fenced(run, "finish", burst=self.settings.burst_seconds)
         run.state, run.held = "done", False
         if row["next"] is not None:
             self.wake_in(row["next"])
@@ -150,7 +152,8 @@ class Alarm:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.at = 0.0
+        self.at = self.net = 0.0
+        self.blind = True  # rows may be due of which nobody here knows: another process put them down
 
     def wake_in(self, seconds: float) -> None:
         """Ask for a look in so many seconds."""
@@ -165,7 +168,8 @@ class Alarm:
         with self.changed:
             while (left := self.at - time.monotonic()) > 0:
                 self.changed.wait(left)
-            self.at = time.monotonic() + self.LONGEST
+            self.blind |= self.at == self.net
+            self.at = self.net = time.monotonic() + self.LONGEST
 
 
 class Workers:
@@ -215,9 +219,10 @@ class Workers:
             return []
         try:
             taken = self.journey.runs.claim(n)
-            due = self.db.one("next_due") if len(taken) < n else None
-            if due and due["seconds"] is not None:
-                self.alarm.wake_in(max(0.0, due["seconds"]))
+            if len(taken) < n and self.alarm.blind:
+                self.alarm.blind = False
+                seconds = (self.db.one("next_due") or {})["seconds"]
+                self.alarm.wake_in(Alarm.LONGEST if seconds is None else max(0.0, seconds))
             return taken
         except (DatabaseDown, DatabaseFault) as error:
             log.error("⚠️ no runs can be claimed: %s", error)
@@ -271,6 +276,7 @@ class Workers:
                     if ready.poll(30_000):
                         connection.run("")
                         connection.notifications.clear()
+                        self.alarm.blind = True
                         self.alarm.wake_in(0)
             except Exception as error:
                 log.debug("listen: %s", type(error).__name__)
