@@ -730,6 +730,9 @@ class Journey:
         """Twilio will not take a part: it and what was to follow it to that address end as failed, with the code."""
         self.db.all("refused", code=refusal.code, run=run.id, u=part["user_phone"], part=part["id"])
         run.log.warning("⚠️ Part refused: %s", refusal)
+        template = self.settings.twilio_template_sid
+        if refusal.code == WhatsApp.WINDOW_SHUT and template and not part["content_sid"]:
+            self.send_part(self.context(run), Part(content_sid=template, to=part["user_phone"]))
         self.tell("message_failed", run, code=refusal.code)
 
     def settle_doubt(self, run: Run) -> bool:
@@ -797,6 +800,10 @@ class Journey:
                 media=piece.media_url, content=piece.content_sid, variables=variables,
             )  # fmt: skip
 
+    def show_typing(self, message: Message) -> None:
+        """Context.show_typing: an errand beside the journey, left out when there is much to do."""
+        self.events.errand(partial(self.whatsapp.show_typing, message.sid))
+
     def download(self, media: Media, limit: int) -> bytes:
         """Context.download: a file from Twilio."""
         return self.whatsapp.download(media, limit)
@@ -838,23 +845,34 @@ def sized(parts: list[Part]) -> list[Part]:
 
 
 class Events:
-    """Hands events to the track_event plugins in a thread of its own, so that no turn waits for them."""
+    """Hands events to the track_event plugins, and runs errands, in a thread of its own: no turn waits for them."""
+
+    BUSY = 20  # errands waiting at which a further one is left out
 
     def __init__(self, plugins: Plugins):
         self.plugins = plugins
-        self.waiting: queue.Queue[Event] = queue.Queue(10_000)
+        self.waiting: queue.Queue[Callable[[], Any]] = queue.Queue(10_000)
         self.thread = threading.Thread(target=self.work, name="events", daemon=True)
 
     def put(self, event: Event) -> None:
         """Queue an event; where nobody listens, or too many wait, it is dropped."""
         if self.plugins.implementations("track_event"):
             with contextlib.suppress(queue.Full):
-                self.waiting.put_nowait(event)
+                self.waiting.put_nowait(partial(self.plugins.each, "track_event", event=event))
+
+    def errand(self, job: Callable[[], Any]) -> None:
+        """Queue something that may as well be left undone."""
+        if self.waiting.qsize() < self.BUSY:
+            self.waiting.put_nowait(job)
 
     def work(self) -> None:
-        """Call the plugins for one event after the other, for ever."""
+        """Do one thing after the other, for ever."""
         while True:
-            self.plugins.each("track_event", event=self.waiting.get())
+            job = self.waiting.get()
+            try:
+                job()
+            except Exception as error:
+                log.debug("errand failed: %s", type(error).__name__)
 
 
 # --- Web: what Twilio, OpenAI and operators call ----------------------------------------------------------
@@ -989,11 +1007,19 @@ class Gateway:
             return self.plain(503, str(error))
         if row and row["wake"]:
             self.workers.woken(0)
-        if row and row["state"] in ("failed", "undelivered"):
-            run_id, user, code = row["run_id"], row["user_phone"], row["error_code"]
-            log.warning("⚠️ run=%s %s part %s: %s", run_id, mask(user), row["state"], code)
-            self.journey.events.put(Event("message_failed", datetime.now(UTC), run_id, user, {"code": code}))
+        if row and row["changed"] and row["state"] in ("failed", "undelivered"):
+            self.undelivered(row)
         return self.plain(200, NO_REPLY, "text/xml")
+
+    def undelivered(self, row: Mapping[str, Any]) -> None:
+        """A part will not arrive, as a callback says: tell it, and send a template where that is the remedy."""
+        run_id, user, code = row["run_id"], row["user_phone"], row["error_code"]
+        log.warning("⚠️ run=%s %s part %s: %s", run_id, mask(user), row["state"], code)
+        self.journey.events.put(Event("message_failed", datetime.now(UTC), run_id, user, {"code": code}))
+        template = self.settings.twilio_template_sid
+        if code == WhatsApp.WINDOW_SHUT and template and row["done"] and not row["content_sid"]:
+            if self.db.one("template_run", u=user, template=template):
+                self.workers.woken(0)
 
     def openai_webhook(self) -> Any:
         """Wake the run of a response that ended; the event says no more than its id."""

@@ -216,25 +216,40 @@ SELECT sid FROM messages WHERE sid = ANY(:sids)
 
 -- name: part_status
 -- A status callback: the row is found by the id in its URL, else by the sid; states only ever rise.
-WITH m AS (
-    UPDATE messages SET state = CASE WHEN state_rank(:state) > state_rank(state) THEN :state ELSE state END,
-        sid = coalesce(sid, :sid), confirmed = true, error_code = coalesce(:code::int, error_code), updated_at = now()
-    WHERE id = coalesce(:id::bigint, (SELECT id FROM messages WHERE sid = :sid)) AND direction = 'out'
-    RETURNING id, run_id, user_phone, state, error_code),
+WITH o AS (
+    SELECT id, state FROM messages
+    WHERE id = coalesce(:id::bigint, (SELECT id FROM messages WHERE sid = :sid)) AND direction = 'out' FOR NO KEY UPDATE),
+m AS (
+    UPDATE messages m SET state = CASE WHEN state_rank(:state) > state_rank(o.state) THEN :state ELSE o.state END,
+        sid = coalesce(m.sid, :sid), confirmed = true, error_code = coalesce(:code::int, m.error_code), updated_at = now()
+    FROM o WHERE m.id = o.id
+    RETURNING m.id, m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.state <> o.state AS changed),
 d AS (
     UPDATE runs SET outcome = 'undelivered', reason = m.error_code::text FROM m
     WHERE runs.id = m.run_id AND runs.state = 'done' AND m.state IN ('failed', 'undelivered')),
 w AS (
     UPDATE runs r SET wakes = r.wakes + 1, due_at = CASE WHEN r.held OR r.state <> 'sending' THEN r.due_at ELSE now() END
     FROM m WHERE r.id = m.run_id AND r.state <> 'done' RETURNING r.id, r.held, r.state)
-SELECT m.id, m.run_id, m.user_phone, m.state, m.error_code, w.id IS NOT NULL AND NOT w.held AS wake
+SELECT m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.changed,
+    w.id IS NULL AS done, w.id IS NOT NULL AND NOT w.held AS wake
 FROM m LEFT JOIN w ON true
+
+-- name: template_run
+-- A template in place of a reply that came too late for the 24-hour window. A user with an open run has just written,
+-- so the window is open and the reply to that will do.
+WITH r AS (
+    INSERT INTO runs (user_phone, state, due_at, outcome, started_at, written_at)
+    VALUES (:u, 'sending', now(), 'answered', now(), now())
+    ON CONFLICT (user_phone) WHERE state <> 'done' DO NOTHING RETURNING id, user_phone)
+INSERT INTO messages (user_phone, direction, run_id, state, content_sid)
+SELECT user_phone, 'out', id, 'queued', :template FROM r RETURNING run_id
 
 -- name: finish
 -- What arrived meanwhile becomes the next turn, a burst after the last message.
 WITH p AS (
     SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
-        count(*) FILTER (WHERE state IN ('failed', 'undelivered')) AS lost
+        count(*) FILTER (WHERE state IN ('failed', 'undelivered'))
+            * (NOT coalesce(bool_or(content_sid IS NOT NULL AND state = 'sent'), false))::int AS lost
     FROM messages WHERE run_id = :id AND direction = 'out'),
 f AS (
     UPDATE runs SET state = 'done', held = false, finished_at = now(),
@@ -264,8 +279,7 @@ UPDATE discarded_threads SET attempts = attempts + 1, due_at = now() + least(360
 WHERE thread_id = :thread RETURNING attempts
 
 -- name: hand_back
-UPDATE users SET mode = 'bot', mode_since = now(), mode_until = NULL, mode_run = NULL
-WHERE mode = 'human' AND mode_until <= now() RETURNING user_phone
+SELECT set_mode(user_phone, 'bot', NULL, NULL) FROM users WHERE mode = 'human' AND mode_until <= now()
 
 -- name: get
 SELECT value FROM hilo WHERE key = :key

@@ -208,7 +208,177 @@ CREATE OR REPLACE FUNCTION forget_thread(p_user text) RETURNS void LANGUAGE sql 
         WHERE user_phone = p_user;
 $$;
 
+-- Who answers a user: 'bot', 'human' until a moment, or nobody ('out'). `p_run` is the run that causes it, which alone
+-- still sends its reply. Back to 'bot', the next turn begins a new conversation, which is told what was said meanwhile.
+CREATE OR REPLACE FUNCTION set_mode(p_user text, p_mode text, p_run bigint, p_until timestamptz)
+RETURNS text LANGUAGE sql AS $$
+    DELETE FROM oa_threads_map WHERE user_phone = p_user AND p_mode = 'bot';
+    UPDATE users SET mode = p_mode, mode_since = now(), mode_until = p_until, mode_run = p_run WHERE user_phone = p_user
+        RETURNING mode;
+$$;
+
 -- Catálogo de cursos
+-- Se busca sin acentos (unaccent) y perdonando errores (pg_trgm); las dos extensiones puede crearlas el dueño de la base.
+-- Las funciones con cuerpo RETURN quedan atadas aquí y ahora a las funciones que usan: no dependen del search_path de
+-- quien busca, ni del de una restauración.
+CREATE EXTENSION IF NOT EXISTS unaccent;
+CREATE EXTENSION IF NOT EXISTS pg_trgm;
+DO $$ BEGIN -- estén en el esquema que estén (en Heroku, heroku_ext), lo que sigue las encuentra
+    PERFORM set_config('search_path', concat_ws(', ', nullif(current_setting('search_path'), ''), quote_ident(nspname)), false)
+        FROM pg_extension JOIN pg_namespace n ON n.oid = extnamespace
+        WHERE extname IN ('unaccent', 'pg_trgm') AND nspname <> ALL (current_schemas(true)) GROUP BY nspname;
+END $$;
+
+-- Minúsculas sin acentos, con un espacio entre palabras. Primero unaccent: con un locale C, lower() no conoce la Í.
+CREATE OR REPLACE FUNCTION cursos_plano(texto text) RETURNS text LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN btrim(regexp_replace(
+    replace(replace(lower(unaccent(texto)), 'c++', 'cpp'), 'c#', 'csharp'), '[^a-z0-9]+', ' ', 'g'));
+
+-- Cómo suena: "exel" y "excel" dan "eksel"; "abansado" y "avanzado", "abansado". Se lee de dentro hacia fuera.
+CREATE OR REPLACE FUNCTION cursos_sonido(texto text) RETURNS text LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN regexp_replace(                                   -- letras dobles, una
+    translate(                                           -- b = v, c = k = q, s = z, i = y; la h es muda
+    regexp_replace(regexp_replace(regexp_replace(regexp_replace(
+    replace(replace(replace(replace(regexp_replace(cursos_plano(texto),
+        'll\M', 'l', 'g'), 'pho', 'fo'), 'x', 'ks'), 'ch', 'x'), 'll', 'y'),
+        's?c(?=[eiy])', 's', 'g'), 'g(?=[eiy])', 'j', 'g'), '([gq])u(?=[ei])', '\1', 'g'), 'n(?=[bpv])', 'm', 'g'),
+        'cqzvwyh', 'kksbui'),
+        '([a-hj-z])\1+', '\1', 'g');
+
+-- Sonidos sin género, número ni terminación: "diseño", "diseñar" y "diseñadora" comparten raíz.
+CREATE OR REPLACE FUNCTION cursos_raices(sonido text) RETURNS text LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN regexp_replace(sonido,
+    '((?<=[a-z]{4})(abilidad(es)?|idad(es)?|[ai]?sion(es)?|[ai]mientos?|[aei]dor(as?|es)?|[ai]?ndo|[ai]bles?|ajes?|istas?'
+    '|(ad)?eri?[ao]s?|ias?|[aei]r([mts]e|l[ao]s?)?)|(?<=[a-z]{3})([aeo]s|[aeos]))\M', '', 'g');
+
+-- Lo que se busca de un curso, con su peso: A el nombre, B los temas, C el contenido, D el resto.
+CREATE OR REPLACE FUNCTION cursos_indice(nombre text, temas text, contenido text, resto text) RETURNS tsvector
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN setweight(to_tsvector('pg_catalog.simple', cursos_sonido(nombre) || ' ' || cursos_raices(cursos_sonido(nombre))), 'A')
+    || setweight(to_tsvector('pg_catalog.simple', cursos_sonido(temas) || ' ' || cursos_raices(cursos_sonido(temas))), 'B')
+    || setweight(to_tsvector('pg_catalog.simple', cursos_raices(cursos_sonido(contenido))), 'C')
+    || setweight(to_tsvector('pg_catalog.simple', cursos_raices(cursos_sonido(resto))), 'D');
+
+CREATE TABLE IF NOT EXISTS cursos (
+    codigo         text PRIMARY KEY CHECK (codigo ~ '[A-Za-z0-9]'),
+    nombre         text NOT NULL CHECK (nombre ~ '\S'),
+    area           text NOT NULL DEFAULT '',
+    nivel          text NOT NULL CHECK (nivel IN ('basico', 'intermedio', 'avanzado')),
+    descripcion    text NOT NULL DEFAULT '',
+    temario        text NOT NULL DEFAULT '',
+    requisitos     text NOT NULL DEFAULT '',
+    precio         numeric(10, 2) CHECK (precio >= 0),      -- 0: gratis; null: a consultar
+    moneda         text NOT NULL DEFAULT 'MXN' CHECK (moneda ~ '^[A-Z]{3}$'),
+    duracion       text NOT NULL DEFAULT '',
+    modalidad      text NOT NULL DEFAULT '',                -- en línea, presencial, híbrido…
+    sede           text NOT NULL DEFAULT '',
+    horario        text NOT NULL DEFAULT '',
+    docente        text NOT NULL DEFAULT '',
+    fechas_inicio  date[] NOT NULL DEFAULT '{}',            -- las pasadas no se muestran
+    enlace         text NOT NULL DEFAULT '',
+    palabras_clave text NOT NULL DEFAULT '',                -- cómo lo llama la gente: sinónimos, marcas
+    activo         boolean NOT NULL DEFAULT true,           -- false: ni se encuentra ni se muestra
+    -- Lo que sigue lo calcula la base, también para una fila escrita a mano.
+    clave          text NOT NULL GENERATED ALWAYS AS (upper(replace(cursos_plano(codigo), ' ', ''))) STORED,
+    indice         tsvector NOT NULL GENERATED ALWAYS AS (cursos_indice(nombre, area || ' ' || palabras_clave,
+                       temario || ' ' || docente || ' ' || sede || ' ' || modalidad || ' ' || horario, descripcion)) STORED
+);
+-- "exc 101" y "EXC-101" son el mismo código.
+CREATE UNIQUE INDEX IF NOT EXISTS cursos_clave ON cursos (clave);
+CREATE INDEX IF NOT EXISTS cursos_por_indice ON cursos USING gin (indice) WITH (fastupdate = off);
+
+-- Las palabras de nombres y temas, como suenan: entre ellas está la que quiso escribir quien escribió otra parecida.
+-- Solo crece: una palabra que ya no usa ningún curso no encuentra ninguno.
+CREATE TABLE IF NOT EXISTS cursos_vocabulario (palabra text PRIMARY KEY);
+CREATE INDEX IF NOT EXISTS cursos_vocabulario_trigramas
+    ON cursos_vocabulario USING gin (palabra gin_trgm_ops) WITH (fastupdate = off);
+
+CREATE OR REPLACE FUNCTION cursos_anotar() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    INSERT INTO cursos_vocabulario
+        SELECT DISTINCT palabra
+        FROM nuevos, string_to_table(cursos_sonido(nombre || ' ' || area || ' ' || palabras_clave), ' ') AS palabra
+        WHERE length(palabra) >= 4 ORDER BY palabra -- en orden, y así dos cargas a la vez no se bloquean una a otra
+        ON CONFLICT DO NOTHING;
+    RETURN NULL;
+END $$;
+CREATE OR REPLACE TRIGGER cursos_anotar_nuevos AFTER INSERT ON cursos
+    REFERENCING NEW TABLE AS nuevos FOR EACH STATEMENT EXECUTE FUNCTION cursos_anotar();
+CREATE OR REPLACE TRIGGER cursos_anotar_cambios AFTER UPDATE ON cursos
+    REFERENCING NEW TABLE AS nuevos FOR EACH STATEMENT EXECUTE FUNCTION cursos_anotar();
+
+-- Las filas calculadas con una versión anterior de estas funciones se calculan de nuevo.
+UPDATE cursos SET codigo = codigo
+    WHERE clave <> upper(replace(cursos_plano(codigo), ' ', '')) OR indice <> cursos_indice(nombre, area || ' ' || palabras_clave,
+        temario || ' ' || docente || ' ' || sede || ' ' || modalidad || ' ' || horario, descripcion);
+
+-- Los cursos activos que responden a unas palabras, con un puntaje de 0 a 1: qué parte de lo pedido tiene el curso, donde
+-- cada palabra pesa más cuantos menos cursos la tienen. `palabras` son las que importan; `de_apoyo` (línea, sábados…) solo
+-- ordenan. Si `estricto`, solo cursos de esos `niveles`; si no, los de otro nivel salen cuando no hay ninguno del pedido.
+CREATE OR REPLACE FUNCTION cursos_buscar(palabras text[], de_apoyo text[], niveles text[], estricto boolean, minimo real)
+RETURNS TABLE (codigo text, puntaje real) LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET jit = off AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY WITH dicha AS MATERIALIZED (
+        SELECT cursos_sonido(x) AS suena, true AS importa FROM unnest(palabras) AS x
+        UNION ALL
+        SELECT cursos_sonido(x), false FROM unnest(de_apoyo) AS x
+    ), forma AS MATERIALIZED (
+        SELECT DISTINCT ON (raiz) raiz, suena, importa, suena || CASE WHEN length(suena) < 4 THEN ':' ELSE ':*' END AS comienza
+        FROM dicha, LATERAL (SELECT cursos_raices(suena) OFFSET 0) AS r (raiz)
+        WHERE suena ~ '^[a-z0-9]+$'
+        ORDER BY raiz, importa DESC
+    ), palabra AS MATERIALIZED (
+        SELECT raiz,
+            (CASE WHEN length(suena) > 1 THEN raiz || '|' || comienza ELSE suena || ':A' END)::tsquery AS donde_sea,
+            (suena || ':A')::tsquery AS a1, (raiz || ':A')::tsquery AS a2, (comienza || 'A')::tsquery AS a3,
+            (suena || ':B')::tsquery AS b1, (raiz || ':B')::tsquery AS b2, (comienza || 'B')::tsquery AS b3,
+            (raiz || ':C')::tsquery AS c2
+        FROM forma
+    ), exacta AS MATERIALIZED (
+        SELECT raiz, codigo, CASE
+            WHEN indice @@ a1 THEN 1 WHEN indice @@ a2 THEN 0.95 WHEN indice @@ a3 THEN 0.8
+            WHEN indice @@ b1 THEN 0.76 WHEN indice @@ b2 THEN 0.72 WHEN indice @@ b3 THEN 0.6
+            WHEN indice @@ c2 THEN 0.35 ELSE 0.15 END AS parecido
+        FROM palabra JOIN cursos ON activo AND indice @@ donde_sea
+    ), parecida AS MATERIALIZED ( -- para una palabra que no está, las que se escriben casi igual
+        SELECT raiz, parecido, (v.palabra || ':A')::tsquery AS a, (v.palabra || ':AB')::tsquery AS ab
+        FROM forma, LATERAL (
+            SELECT palabra, similarity(palabra, suena) AS parecido FROM cursos_vocabulario
+            WHERE palabra % suena AND similarity(palabra, suena) >= 0.4 ORDER BY 2 DESC, 1 LIMIT 5) AS v
+        WHERE importa AND length(suena) >= 4
+            AND NOT EXISTS (SELECT FROM exacta e WHERE e.raiz = forma.raiz AND e.parecido > 0.5)
+    ), acierto AS MATERIALIZED (
+        SELECT raiz, codigo, max(parecido)::float AS parecido FROM (
+            TABLE exacta
+            UNION ALL
+            SELECT raiz, codigo, parecido * CASE WHEN indice @@ a THEN 0.8 ELSE 0.65 END
+            FROM parecida JOIN cursos ON activo AND indice @@ ab) AS todo
+        GROUP BY raiz, codigo
+    ), peso AS MATERIALIZED ( -- una palabra que ningún curso tiene pesa como si la tuvieran unos cuantos
+        SELECT raiz, importa, CASE WHEN importa THEN 1 ELSE 0.1 END
+            * ln(1 + total / (0.5 + coalesce(nullif(count(a.codigo), 0), sqrt(total)))) AS valor
+        FROM forma CROSS JOIN (SELECT (SELECT count(*) FROM cursos) AS total) AS t LEFT JOIN acierto a USING (raiz)
+        GROUP BY raiz, importa, total
+    ), candidato AS (
+        SELECT codigo, sum(valor * parecido) / (SELECT sum(valor) FROM peso) AS puntaje,
+            max(parecido) FILTER (WHERE importa) AS mejor_palabra
+        FROM acierto JOIN peso USING (raiz) GROUP BY codigo HAVING bool_or(importa)
+    ), pedido AS (
+        SELECT codigo, puntaje * (1 - length(nombre) / 1000.0) AS puntaje, -- a igual acierto, el nombre más corto
+            nivel = ANY (niveles) AS del_nivel, bool_or(nivel = ANY (niveles)) OVER () AS hay_del_nivel,
+            max(puntaje) OVER () AS mejor
+        FROM candidato JOIN cursos USING (codigo)
+        WHERE (puntaje >= minimo OR mejor_palabra > 0.7) AND (NOT estricto OR nivel = ANY (niveles))
+    )
+    SELECT codigo, puntaje::real FROM pedido WHERE puntaje >= 0.5 * mejor AND (del_nivel OR hay_del_nivel IS NOT TRUE);
+END $$;
+
+-- Lo que se escribió con los disparadores apagados, como en una restauración parcial.
+INSERT INTO cursos_vocabulario
+    SELECT DISTINCT palabra
+    FROM cursos, string_to_table(cursos_sonido(nombre || ' ' || area || ' ' || palabras_clave), ' ') AS palabra
+    WHERE length(palabra) >= 4 ORDER BY palabra ON CONFLICT DO NOTHING;
 -- Fin del catálogo
 
 INSERT INTO hilo VALUES ('schema_version', '1') ON CONFLICT (key) DO UPDATE SET value = excluded.value;

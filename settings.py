@@ -48,6 +48,9 @@ class Settings(pydantic.BaseModel):
     twilio_from: str | None = setting(
         "whatsapp:+ and the number, or a Messaging Service MG…", pattern=r"^(whatsapp:\+\d{5,15}|MG\w{32})$"
     )
+    twilio_template_sid: str | None = setting(
+        "the ContentSid (HX…) of a template to send when WhatsApp's 24-hour window is shut", pattern=r"^HX\w{32}$"
+    )
     twilio_api_url: str | None = setting("https://host, in place of Twilio's own hosts", pattern=r"^https?://[^/\s?#]+/?$")
     openai_api_key: pydantic.SecretStr | None = setting("an OpenAI API key")
     openai_base_url: str | None = setting("the address of the OpenAI API, https://host/v1", pattern=r"^https?://\S+$")

@@ -110,6 +110,7 @@ class WhatsApp:
     """Twilio's REST API (https://www.twilio.com/docs/messaging/api), and what came back from it."""
 
     BUSY = (20429, 63017, 63018)  # rate limits by another name
+    WINDOW_SHUT = 63016  # more than 24 hours since the user wrote: only a template gets through
     TEXT = 1600  # UTF-16 code units of one part
 
     def __init__(self, settings: Settings):
@@ -144,6 +145,14 @@ class WhatsApp:
             raise InDoubt("the connection broke") from None
         except (requests.RequestException, TwilioException) as error:
             raise InDoubt(type(error).__name__) from None
+
+    def show_typing(self, sid: str) -> None:
+        """Show the typing indicator under a message and mark it as read; a failure is of no account."""
+        import requests
+        from twilio.base.exceptions import TwilioException
+
+        with contextlib.suppress(requests.RequestException, TwilioException, NotSent):
+            self.client.messaging.v2.typing_indicator.create(channel="whatsapp", message_id=sid)
 
     def judged(self, error: Any) -> Exception:
         """Return what an HTTP error of Twilio's means for the part."""

@@ -137,6 +137,10 @@ class Context:
         """Queue one more part, which leaves just before this run's reply."""
         self.services.send_part(self, part)
 
+    def show_typing(self, message: Message) -> None:
+        """Let the user see that an answer is being written, and the message as read; best effort, waits for nothing."""
+        self.services.show_typing(message)
+
     def download(self, media: Media, limit: int = 16 * 1024 * 1024) -> bytes:
         """Return a file that came with a message, at most `limit` bytes; raises ToolError when it cannot be had."""
         return typing.cast(bytes, self.services.download(media, limit))
