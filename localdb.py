@@ -266,15 +266,15 @@ class LocalDatabase:
             if state == "57P03":  # it is starting up or shutting down
                 return False
             if state == "3D000":  # no such database
-                with self._connect("postgres") as connection:
+                with self._connect("postgres", START_SECONDS) as connection:
                     connection.run("CREATE DATABASE hilo")
             elif state != "53300":  # too many connections: it does run
                 self._fail(f"refuses connections ({error.args[0].get('M')})")
         return True
 
-    def _connect(self, database: str) -> Connection:
-        """A new connection, given up after 5 s of silence."""
-        return Connection("postgres", database=database, unix_sock=str(self._sockets / SOCKET), timeout=5)
+    def _connect(self, database: str, timeout: int = 5) -> Connection:
+        """A new connection, given up after so many seconds of silence."""
+        return Connection("postgres", database=database, unix_sock=str(self._sockets / SOCKET), timeout=timeout)
 
     @property
     def _mark(self) -> str:
@@ -286,11 +286,10 @@ class LocalDatabase:
         try:
             pid = (self._data / "postmaster.pid").read_text().partition("\n")[0]
             process = psutil.Process(int(pid))
-            if process.name() != "postgres" or process.status() == psutil.STATUS_ZOMBIE:
+            if process.name() != "postgres" or not _lives(process):
                 return None
-            # The directory may have been moved since; but root may not see the other's in a container.
-            ours = self._mark in process.cmdline() or os.path.samefile(process.cwd(), self._data)
-            return process if ours else None
+            # Where the directory was moved meanwhile the mark is old, but the server answers at the new place.
+            return process if self._mark in process.cmdline() or self._answers() else None
         except (FileNotFoundError, ValueError, psutil.Error):
             return None
 
@@ -337,17 +336,18 @@ class LocalDatabase:
 
     def _end(self) -> None:
         """Stop the server in good order; where that takes too long, at once: the next start recovers."""
+        server = self._postmaster()
+        if server is None:
+            return
         for number, seconds in ((signal.SIGINT, STOP_SECONDS), (signal.SIGQUIT, 10)):
-            server = self._postmaster()
-            if server is None:
-                return
             with suppress(psutil.Error):
                 server.send_signal(number)
             deadline = time.monotonic() + seconds
-            while self._postmaster() is not None and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
+                if not _lives(server):
+                    return
                 time.sleep(0.02)
-        if self._postmaster() is not None:
-            self._fail("does not stop")
+        self._fail("does not stop")
 
     @contextmanager
     def _logging(self) -> Iterator[int]:
@@ -376,6 +376,14 @@ class LocalDatabase:
         raise LocalDatabaseError(
             f"The local database in {self.directory} {what}. {self._log} ends:\n{self._log_tail(8)}\n"
             "Mend what they say, or delete that directory if its data may go, or set DATABASE_URL.")
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether the process runs: a zombie has ended, though nobody has taken note."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _name(data: Path, account: Account | None) -> str:
