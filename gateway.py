@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 VERSION = "1.0.0"
+CREATE_TIMEOUT = 30.0  # seconds; less where the deadline is nearer
 TOOL_ROUNDS = 8  # responses of one run that may end in tool calls
 TOOL_OUTPUT = 40_000  # characters of a tool's output that the model gets
 TRIES = 3  # responses of one run that may come to nothing before the fallback answers
@@ -261,7 +262,9 @@ class ThreadsAdapter:
         run.log.info("🧵 Thread ID: %s (created, %d messages told)", thread_id, len(seeds))
         return thread_id
 
-    def start_run(self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]]) -> Response:
+    def start_run(
+        self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]], timeout: float
+    ) -> Response:
         """Start one response on the run's conversation. There is no idempotency: the caller marks the row first."""
         body: dict[str, Any] = {"tools": self.definitions(assistant), "input": input_items}
         if assistant.reasoning_effort:
@@ -277,7 +280,7 @@ class ThreadsAdapter:
             metadata={"run": str(run.id)},
             safety_identifier=hmac.new(self.safety_secret, run.user_phone.encode(), hashlib.sha256).hexdigest(),
             extra_body=body,  # past the SDK's typed parameters, whose transformation costs twice the call
-            timeout=max(1.0, run.seconds_left),
+            timeout=timeout,
         )
 
     def tools_of(self, assistant: Assistant) -> dict[str, Tool]:
@@ -465,11 +468,11 @@ class Journey:
             if run.state == "queued":
                 run.thread_id = self.threads.get_or_create_thread_id(run)
                 step("thread", run)
-            seconds = max(1.0, run.seconds_left)
+            seconds = min(CREATE_TIMEOUT, max(1.0, run.seconds_left))
             self.runs.renew(run, seconds, "begin_create", thread=run.thread_id, assistant=assistant.name)
             run.creating = True
             run.check_lease()
-            response = self.threads.start_run(run, assistant, content)
+            response = self.threads.start_run(run, assistant, content, seconds)
         except openai.APIError as error:
             return self.mend(run, error)
         step("created", run)
@@ -485,7 +488,7 @@ class Journey:
                 run, "save_response", resp=response.id, model=assistant.model, round=round_, held=ended, net=net,
                 assistant=assistant.name, u=run.user_phone, thread=run.thread_id,
             )  # fmt: skip
-        except LeaseLost:
+        except (LeaseLost, DatabaseDown, DatabaseFault):  # nobody will look at it
             self.threads.cancel(response.id)
             raise
         run.state, run.response_id, run.creating, run.rounds = "waiting", response.id, False, run.rounds + round_

@@ -172,6 +172,7 @@ CREATE OR REPLACE FUNCTION receive_message(
 #variable_conflict use_column
 DECLARE
     who text;
+    was text;
     message_id bigint;
 BEGIN
     SELECT u.user_phone INTO who FROM users u WHERE u.external_user_id = p_external OR u.user_phone = p_from
@@ -182,7 +183,10 @@ BEGIN
             reply_to = excluded.reply_to, own_number = excluded.own_number, last_in_at = greatest(u.last_in_at, p_at),
             external_user_id = coalesce(excluded.external_user_id, u.external_user_id),
             profile_name = coalesce(nullif(excluded.profile_name, ''), u.profile_name)
-        RETURNING u.user_phone INTO who;
+        RETURNING u.user_phone, u.mode INTO who, was;
+    IF p_opt = 'in' AND was <> 'out' THEN
+        p_opt := NULL; -- the word to return means something else to a user who never left
+    END IF;
     INSERT INTO messages (sid, user_phone, direction, body, raw, opt, at)
         VALUES (p_sid, who, 'in', p_body, p_raw, p_opt, p_at) ON CONFLICT (sid) DO NOTHING RETURNING id INTO message_id;
     IF message_id IS NULL THEN
@@ -190,7 +194,7 @@ BEGIN
     END IF;
     IF p_opt IS NOT NULL THEN -- from here on a run under way sends nothing more; the one that takes this message will
         UPDATE users u SET mode = CASE p_opt WHEN 'out' THEN 'out' ELSE 'bot' END, mode_since = now(), mode_until = NULL,
-            mode_run = NULL WHERE u.user_phone = who AND (p_opt = 'out' OR u.mode = 'out');
+            mode_run = NULL WHERE u.user_phone = who;
     END IF;
     RETURN QUERY INSERT INTO runs AS r (user_phone, due_at, pending) VALUES (who, now() + p_burst * interval '1 s', 1)
         ON CONFLICT (user_phone) WHERE state <> 'done' DO UPDATE SET
@@ -245,11 +249,12 @@ RETURN regexp_replace(                                   -- letras dobles, una
         'cqzvwyh', 'kksbui'),
         '([a-hj-z])\1+', '\1', 'g');
 
--- Sonidos sin género, número ni terminación: "diseño", "diseñar" y "diseñadora" comparten raíz.
+-- Sonidos sin terminación, género ni número: "diseño", "diseñar" y "diseñadora" comparten raíz.
 CREATE OR REPLACE FUNCTION cursos_raices(sonido text) RETURNS text LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-RETURN regexp_replace(sonido,
-    '((?<=[a-z]{4})(abilidad(es)?|idad(es)?|[ai]?sion(es)?|[ai]mientos?|[aei]dor(as?|es)?|[ai]?ndo|[ai]bles?|ajes?|istas?'
-    '|(ad)?eri?[ao]s?|ias?|[aei]r([mts]e|l[ao]s?)?)|(?<=[a-z]{3})([aeo]s|[aeos]))\M', '', 'g');
+RETURN regexp_replace(regexp_replace(sonido,
+    '([a-z]{4})(abilidad(es)?|idad(es)?|[ai]?sion(es)?|[ai]mientos?|[aei]dor(as?|es)?|[ai]?ndo|[ai]bles?|ajes?|istas?'
+    '|(ad)?eri?[ao]s?|ias?|[aei]r([mts]e|l[ao]s?)?)\M', '\1', 'g'),
+    '([a-z]{3})([aeo]s|[aeos])\M', '\1', 'g');
 
 -- Lo que se busca de un curso, con su peso: A el nombre, B los temas, C el contenido, D el resto.
 CREATE OR REPLACE FUNCTION cursos_indice(nombre text, temas text, contenido text, resto text) RETURNS tsvector
@@ -280,7 +285,8 @@ CREATE TABLE IF NOT EXISTS cursos (
     activo         boolean NOT NULL DEFAULT true,           -- false: ni se encuentra ni se muestra
     -- Lo que sigue lo calcula la base, también para una fila escrita a mano.
     clave          text NOT NULL GENERATED ALWAYS AS (upper(replace(cursos_plano(codigo), ' ', ''))) STORED,
-    indice         tsvector NOT NULL GENERATED ALWAYS AS (cursos_indice(nombre, area || ' ' || palabras_clave,
+    indice         tsvector NOT NULL GENERATED ALWAYS AS (cursos_indice(
+                       nombre || ' codigo' || replace(cursos_plano(codigo), ' ', ''), area || ' ' || palabras_clave,
                        temario || ' ' || docente || ' ' || sede || ' ' || modalidad || ' ' || horario, descripcion)) STORED
 );
 -- "exc 101" y "EXC-101" son el mismo código.
@@ -306,11 +312,6 @@ CREATE OR REPLACE TRIGGER cursos_anotar_nuevos AFTER INSERT ON cursos
     REFERENCING NEW TABLE AS nuevos FOR EACH STATEMENT EXECUTE FUNCTION cursos_anotar();
 CREATE OR REPLACE TRIGGER cursos_anotar_cambios AFTER UPDATE ON cursos
     REFERENCING NEW TABLE AS nuevos FOR EACH STATEMENT EXECUTE FUNCTION cursos_anotar();
-
--- Las filas calculadas con una versión anterior de estas funciones se calculan de nuevo.
-UPDATE cursos SET codigo = codigo
-    WHERE clave <> upper(replace(cursos_plano(codigo), ' ', '')) OR indice <> cursos_indice(nombre, area || ' ' || palabras_clave,
-        temario || ' ' || docente || ' ' || sede || ' ' || modalidad || ' ' || horario, descripcion);
 
 -- Los cursos activos que responden a unas palabras, con un puntaje de 0 a 1: qué parte de lo pedido tiene el curso, donde
 -- cada palabra pesa más cuantos menos cursos la tienen. `palabras` son las que importan; `de_apoyo` (línea, sábados…) solo
@@ -374,11 +375,9 @@ BEGIN
     SELECT codigo, puntaje::real FROM pedido WHERE puntaje >= 0.5 * mejor AND (del_nivel OR hay_del_nivel IS NOT TRUE);
 END $$;
 
--- Lo que se escribió con los disparadores apagados, como en una restauración parcial.
-INSERT INTO cursos_vocabulario
-    SELECT DISTINCT palabra
-    FROM cursos, string_to_table(cursos_sonido(nombre || ' ' || area || ' ' || palabras_clave), ' ') AS palabra
-    WHERE length(palabra) >= 4 ORDER BY palabra ON CONFLICT DO NOTHING;
+-- Lo que se calculó con una versión anterior de estas funciones, o se escribió con los disparadores apagados, se calcula
+-- de nuevo.
+UPDATE cursos SET codigo = codigo;
 -- Fin del catálogo
 
 INSERT INTO hilo VALUES ('schema_version', '1') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
