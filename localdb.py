@@ -274,7 +274,8 @@ class LocalDatabase:
 
     def _connect(self, database: str, timeout: int = 5) -> Connection:
         """A new connection, given up after so many seconds of silence."""
-        return Connection("postgres", database=database, unix_sock=str(self._sockets / SOCKET), timeout=timeout)
+        path = str(self._sockets / SOCKET)
+        return Connection("postgres", database=database, unix_sock=path, timeout=timeout)
 
     @property
     def _mark(self) -> str:
@@ -288,7 +289,7 @@ class LocalDatabase:
             process = psutil.Process(int(pid))
             if process.name() != "postgres" or not _lives(process):
                 return None
-            # Where the directory was moved meanwhile the mark is old, but the server answers at the new place.
+            # Where the directory was moved, the mark is old, but the server answers at the new place.
             return process if self._mark in process.cmdline() or self._answers() else None
         except (FileNotFoundError, ValueError, psutil.Error):
             return None
