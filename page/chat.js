@@ -751,8 +751,8 @@ const TIMES = [["off", "No"], ["once", "1 vez"], ["always", "Siempre"]];
 function switchNode(one) {
   const group = make("div", { className: "times", role: "radiogroup", "aria-label": one.label });
   group.append(...TIMES.map(([state, label]) => {
-    const radio = make("input", { type: "radio", name: one.key, value: state, checked: one.state === state });
-    radio.addEventListener("change", () => api("switch", { key: one.key, state }).catch((error) => toast(error.message)));
+    const radio = make("input", { type: "radio", name: one.key, value: state });
+    radio.addEventListener("change", () => api("switch", { key: one.key, state }).then(loadState).catch((error) => toast(error.message)));
     return make("label", {}, radio, make("span", {}, label));
   }));
   return make("div", { className: "switch", data: { key: one.key } }, make("span", {}, one.label), group);
@@ -772,16 +772,18 @@ function actionNode(name) {
   return button;
 }
 
-let switchesShown = "";
-
+/** Build the switches once, then keep them as the simulator has them: one that was for 1 time goes off by itself. */
 function renderTrouble() {
-  const key = JSON.stringify([switches, actions]);
-  if (key === switchesShown) return;
-  switchesShown = key;
-  const groups = Map.groupBy ? Map.groupBy(switches, ({ group }) => group)
-    : switches.reduce((found, one) => found.set(one.group, [...(found.get(one.group) ?? []), one]), new Map());
   $("#tab-trouble").dataset.alert = switches.filter(({ state }) => state !== "off").length || "";
-  $("#panel-trouble").replaceChildren(
+  if (!$("#panel-trouble").childElementCount) buildTrouble();
+  for (const { key, state } of switches) {
+    for (const radio of document.getElementsByName(key)) radio.checked = radio.value === state;
+  }
+}
+
+function buildTrouble() {
+  const groups = switches.reduce((found, one) => found.set(one.group, [...(found.get(one.group) ?? []), one]), new Map());
+  $("#panel-trouble").append(
     make("p", { className: "empty" }, "Provoca lo que en producción es difícil de provocar y mira qué recibe el usuario."),
     ...[...groups].map(([name, members]) => make("fieldset", {}, make("legend", {}, name), ...members.map(switchNode))),
     actions.length ? make("fieldset", {}, make("legend", {}, "Proceso"), ...actions.map(actionNode)) : "");

@@ -6,19 +6,16 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
-import bottle
 import pytest
 import requests
-import waitress
 from twilio.base.exceptions import TwilioException, TwilioRestException
 from twilio.http.http_client import TwilioHttpClient
-from twilio.request_validator import SIGNATURE_SETTINGS_HEADER, RequestValidator, get_signature_algorithm
 from twilio.rest import Client
-from waitress import wasyncore
 
 from simulator import Media, Simulator, button_fields, location_fields
+from tests.receiver import Receiver
 
 ANA, LUIS = "whatsapp:+5215511110001", "whatsapp:+5215511110002"
 SERVICE = "MG" + "a" * 32
@@ -36,49 +33,6 @@ class Redirected(TwilioHttpClient):
         parts = urlsplit(url)
         path = parts.path + (f"?{parts.query}" if parts.query else "")
         return super().request(method, self.url + path, *args, **kwargs)
-
-
-class Receiver:
-    """A gateway's webhooks: keeps what came, whether the signature was right, and answers `reply`."""
-
-    def __init__(self) -> None:
-        self.forms: list[dict[str, str]] = []
-        self.callbacks: list[dict[str, str]] = []
-        self.signed: list[bool] = []
-        self.reply = "<Response/>"
-        self.status = 200
-        self.public_url: str | None = None
-        self.secret = "simulated-auth-token"
-        app = bottle.Bottle()
-        app.route("/webhooks/twilio", "POST", lambda: self._take(self.forms))
-        app.route("/webhooks/twilio/status", "POST", lambda: self._take(self.callbacks))
-        self._server = waitress.create_server(app, host="127.0.0.1", port=0, threads=4)
-        self.url = f"http://127.0.0.1:{self._server.effective_port}"
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _take(self, kept: list[dict[str, str]]) -> bottle.HTTPResponse:
-        form = dict(parse_qsl(bottle.request.body.read().decode(), keep_blank_values=True))
-        environ = bottle.request.environ
-        path = bottle.request.path + (f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else "")
-        settings = bottle.request.headers.get(SIGNATURE_SETTINGS_HEADER)
-        self.signed.append(RequestValidator(self.secret).validate(
-            (self.public_url or self.url) + path, form, bottle.request.headers.get("X-Twilio-Signature", ""),
-            get_signature_algorithm(settings)))
-        kept.append(form | dict(bottle.request.query))
-        return bottle.HTTPResponse(self.reply, self.status)
-
-    def _run(self) -> None:
-        while not self._stopped:
-            wasyncore.loop(timeout=1, use_poll=True, map=self._server._map, count=1)
-
-    def close(self) -> None:
-        self._stopped = True
-        self._server.pull_trigger()
-        self._thread.join()
-        self._server.task_dispatcher.shutdown()
-        wasyncore.close_all(self._server._map)
 
 
 @pytest.fixture
