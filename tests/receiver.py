@@ -53,11 +53,15 @@ class Receiver:
         while not self._stopped:
             wasyncore.loop(timeout=1, use_poll=True, map=self._server._map, count=1)
 
+    def settle(self) -> None:
+        """Wait until every message that came has been dealt with."""
+        for thread in self._answering:
+            thread.join()
+
     def close(self) -> None:
         self._stopped = True
         self._server.pull_trigger()
         self._thread.join()
-        for thread in self._answering:
-            thread.join()
+        self.settle()
         self._server.task_dispatcher.shutdown()
         wasyncore.close_all(self._server._map)

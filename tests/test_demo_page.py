@@ -114,6 +114,7 @@ def twilio(receiver: Receiver, echo: Echo, killed: list[str], openai_server: Loc
         echo.twilio = simulator
         yield simulator
         echo.may_answer.set()
+        receiver.settle()
 
 
 # --- The API --------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_without_a_page_none_of_its_routes_exist(path: str) -> None:
 
 
 def test_a_gateway_that_serves_has_none_of_the_pages_routes(hilo: Hilo) -> None:
-    for path in ("/chat", "/chat/", "/chat/chat.js", "/chat/api/state", "/openai/v1/models", "/2010-04-01/Accounts/AC.json"):
+    for path in ("/chat", "/chat/", "/chat/chat.js", "/chat/api/state", "/openai/v1/models", "/v2/Channels/Senders"):
         assert requests.get(hilo.url + path, timeout=5).status_code == 404
 
 
