@@ -1042,7 +1042,8 @@ class Rest:
         size = min(max(int(query.get("PageSize", 50)), 1), 1000)
         found = self._matching(query)
         if token := query.get("PageToken"):
-            found = [message for message in found if message.number < int(token[4:], 16)]
+            last = next((i for i, message in enumerate(found) if message.number == int(token[4:], 16)), -1)
+            found = found[last + 1:]
         page, path = int(query.get("Page", 0)), f"/{API_VERSION}/Accounts/{self.twilio.account_sid}/Messages.json"
         shown = found[:size]
         more = dict(query, PageSize=str(size), Page=str(page + 1))
@@ -1065,7 +1066,7 @@ class Rest:
             pool = records.conversation(user) if user else list(records.messages)
         found = [message for message in pool if (not to or message.to == to)
                  and (not sender or message.from_ == sender) and sent_in_range(message.sent, query)]
-        return sorted(found, key=lambda message: message.number, reverse=True)
+        return sorted(found, key=lambda message: (message.created, message.number), reverse=True)
 
     def _message(self, sid: str) -> Message:
         message = self.twilio.records.get(sid)

@@ -206,6 +206,18 @@ def test_the_gateway_reaches_openai_through_the_page_and_finds_it_down_when_told
     assert call(twilio, "POST", "/openai/v1/conversations", json={}, headers=headers).status_code == 200
 
 
+def test_events_name_the_person_concerned_and_end_with_the_simulator(twilio: Simulator, receiver: Receiver) -> None:
+    receiver.on_message = None
+    with requests.get(f"{twilio.url}/chat/api/events", stream=True, timeout=5) as events:
+        lines = events.iter_lines()
+        assert next(lines) == b"retry: 500"
+        twilio.receive(ANA, "hola")
+        assert next(line for line in lines if line.startswith(b"data:")) == f'data: "{ANA}"'.encode()
+        started = time.monotonic()
+        twilio.stop()
+        assert time.monotonic() - started < 3
+
+
 def test_every_switch_can_be_turned_on_and_off(twilio: Simulator) -> None:
     for state in ("always", "once", "off"):
         for key in SWITCHES:
