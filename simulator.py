@@ -624,6 +624,7 @@ class Simulator:
         answered after `seconds`), "refuse" (connection closed, nothing done); on "send" also "cut" (accepted, then
         the connection closed without an answer) and "undeliver" (accepted, then undelivered with `code`).
         on "webhook": "lost", "repeat", "slow" (`seconds`). on "callback": "lost", "repeat", "shuffle" (last first).
+        on "openai", the way through the chat page: "error" (status, message), "slow" (`seconds`).
         Raises ValueError for another.
         """
         return self.faults.arm(Fault(on, kind, math.inf if times is None else times, to, **details))
@@ -650,7 +651,8 @@ class Simulator:
         same message is delivered again. `lost`: filed, but the webhook never comes. `at`: when it was written.
         """
         files = tuple(item if isinstance(item, Media) else Media(item[1], item[0]) for item in media)
-        message = self._inbound(whatsapp(sender), text, files, sid or new_sid("SM"), fields or {}, at, profile_name)
+        sid = sid or new_sid("MM" if files else "SM")
+        message = self._inbound(whatsapp(sender), text, files, sid, fields or {}, at, profile_name)
         fault = self.faults.take("webhook", message.from_)
         if lost or not self.gateway_url or (fault and fault.kind == "lost"):
             return Delivery(message.sid, 0, "")
@@ -720,8 +722,9 @@ class Simulator:
     def set_status(self, message: Message, status: str, error_code: int | None = None) -> None:
         """Set an outbound message's state; the day it was sent is known from `sent` on."""
         sent = message.sent if status == "queued" else message.sent or datetime.now(UTC)
-        if RANK[status] >= RANK[message.status]:
-            self.records.update(message, status=status, error_code=error_code, sent=sent)
+        with self.records.changed:
+            if RANK[status] >= RANK[message.status]:
+                self.records.update(message, status=status, error_code=error_code, sent=sent)
 
     def _call_back(self, message: Message, status: str, fault: Fault | None = None) -> None:
         url = message.status_callback or ""

@@ -309,7 +309,7 @@ class ChatPage:
                               media=[(request.body.read(), kind.split(";")[0])])
 
     def _received(self, address: str, text: str, sid: str, **kwargs: Any) -> HTTPResponse:
-        if not ADDRESS.fullmatch(address) or not re.fullmatch("SM[0-9a-f]{32}", sid):
+        if not ADDRESS.fullmatch(address) or not re.fullmatch("[SM]M[0-9a-f]{32}", sid):
             return HTTPResponse("address or sid is none", 400, HEADERS)
         name = self.people.get(address, "").partition(" (")[0]
         delivery = self.twilio.receive(address, text, sid=sid, profile_name=name, **kwargs)

@@ -69,7 +69,7 @@ function toast(text) {
   toastTimer = setTimeout(() => { node.hidden = true; }, 4500);
 }
 
-const newSid = () => `SM${[...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("")}`;
+const newSid = (prefix) => `${prefix}${[...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("")}`;
 const clock = new Intl.DateTimeFormat("es-MX", { hour: "2-digit", minute: "2-digit", hour12: false });
 const dayName = new Intl.DateTimeFormat("es-MX", { weekday: "long", day: "numeric", month: "long" });
 const dayKey = (date) => date.toDateString();
@@ -348,7 +348,7 @@ document.addEventListener("visibilitychange", markRead);
 // --- Writing ----------------------------------------------------------------------------------------------------
 
 function expect(message) {
-  const sid = newSid();
+  const sid = newSid(message.media ? "MM" : "SM");
   pending.set(sid, {
     sid, address: current, by: "user", at: new Date().toISOString(), status: "pending", error: null, text: "", media: [],
     place: null, button: false, buttons: [], ...message,
