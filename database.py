@@ -92,6 +92,7 @@ class Database:
 
     def __init__(self, url: str, connections: int = 4):
         self.options = connection_options(url)
+        self.closed = False
         self.idle: queue.LifoQueue[pg8000.native.Connection | None] = queue.LifoQueue()
         for _ in range(connections):
             self.idle.put(None)
@@ -114,6 +115,8 @@ class Database:
         except queue.Empty:
             raise DatabaseDown("all connections are in use") from None
         try:
+            if self.closed:
+                raise DatabaseDown("closed")
             if connection is None or hung_up(connection):
                 discard(connection)
                 connection = None  # what follows may raise: the place goes back to the pool empty
@@ -131,6 +134,9 @@ class Database:
             connection = None
             raise DatabaseDown(f"SQLSTATE {fields.get('C')}") from None
         finally:
+            if self.closed:
+                discard(connection)
+                connection = None
             self.idle.put(connection)
 
     def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -152,10 +158,15 @@ class Database:
         return next(iter(self.rows(QUERIES[name], params)), None)
 
     def close(self) -> None:
-        """Close the connections that are idle."""
+        """Close the connections that are idle, and the others when their users put them back."""
+        self.closed = True
+        taken = []
         with contextlib.suppress(queue.Empty):
             while True:
-                discard(self.idle.get_nowait())
+                taken.append(self.idle.get_nowait())
+        for connection in taken:
+            discard(connection)
+            self.idle.put(None)
 
 
 def fault_of(error: BaseException) -> str:

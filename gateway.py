@@ -854,7 +854,7 @@ class Events:
 
     def __init__(self, plugins: Plugins):
         self.plugins = plugins
-        self.waiting: queue.Queue[Callable[[], Any]] = queue.Queue(10_000)
+        self.waiting: queue.Queue[Callable[[], Any] | None] = queue.Queue(10_000)
         self.thread = threading.Thread(target=self.work, name="events", daemon=True)
 
     def put(self, event: Event) -> None:
@@ -869,13 +869,18 @@ class Events:
             self.waiting.put_nowait(job)
 
     def work(self) -> None:
-        """Do one thing after the other, for ever."""
-        while True:
-            job = self.waiting.get()
+        """Do one thing after the other, until there is None."""
+        while (job := self.waiting.get()) is not None:
             try:
                 job()
             except Exception as error:
                 log.debug("errand failed: %s", type(error).__name__)
+
+    def stop(self, seconds: float = 2.0) -> None:
+        """Let what waits be done, within so many seconds."""
+        with contextlib.suppress(queue.Full):
+            self.waiting.put_nowait(None)
+        self.thread.join(seconds)
 
 
 # --- Web: what Twilio, OpenAI and operators call ----------------------------------------------------------
@@ -927,6 +932,7 @@ class Gateway:
         until = time.monotonic() + DRAIN - 2
         self.upkeep.stopping.set()
         self.workers.stop(until)
+        self.journey.events.stop()
         self.db.close()
 
     def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:
@@ -1100,6 +1106,9 @@ class Server:
         end, channels = time.monotonic() + seconds, self.server.active_channels
         while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
             time.sleep(0.02)
+        self.server.trigger.pull_trigger(lambda: self.server.asyncore.close_all(self.server._map))
+        self.thread.join(1.0)
+        self.server.task_dispatcher.shutdown(timeout=1)
 
 
 # --- Main -------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ import json
 import logging
 import queue
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from database import Database, DatabaseDown, DatabaseFault
+from database import Database, DatabaseDown, DatabaseFault, discard
 from settings import RunLog, Settings, mask
 from tools import Part
 from whatsapp import CALL_TIMEOUT
@@ -183,7 +184,9 @@ class Workers:
         self.claimed: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.busy: dict[threading.Thread, tuple[float, Run]] = {}
         self.notify = threading.Event()
+        self.listening: Any = None
         self.stopping = False
+        self.ended = threading.Event()
 
     def start(self, journey: Journey) -> None:
         """Start the threads; without workers only the one that wakes other processes."""
@@ -247,6 +250,7 @@ class Workers:
             if self.busy.pop(me, None) is None:
                 return  # taken to be stuck, and replaced
             self.free.release()
+        self.claimed.put(None)  # for the next one
 
     def replace_stuck(self) -> None:
         """Start a worker for each that hangs; fencing makes what the old one may still do harmless."""
@@ -257,7 +261,7 @@ class Workers:
 
     def tell_others(self) -> None:
         """NOTIFY other processes, after the commit and at most fifty times a second."""
-        while True:
+        while not self.stopping:
             self.notify.wait()
             self.notify.clear()
             with contextlib.suppress(DatabaseDown, DatabaseFault):
@@ -266,11 +270,12 @@ class Workers:
 
     def listen(self) -> None:
         """Look for due runs when another process says so; only a wake-up, the alarm's five seconds are the net."""
-        while True:
+        while not self.stopping:
+            connection = None
             try:
-                connection = self.db.connect()
+                self.listening = connection = self.db.connect()
                 connection.run("LISTEN hilo")
-                while True:
+                while not self.stopping:
                     ready = select.poll()
                     ready.register(connection._usock, select.POLLIN)
                     if ready.poll(30_000):
@@ -280,7 +285,9 @@ class Workers:
                         self.alarm.wake_in(0)
             except Exception as error:
                 log.debug("listen: %s", type(error).__name__)
-                time.sleep(1)
+                self.ended.wait(1)
+            finally:
+                discard(connection)
 
     def stop(self, until: float) -> None:
         """Take nothing more; return when the steps in hand are done, at `until` (monotonic) at the latest."""
@@ -288,3 +295,8 @@ class Workers:
         self.alarm.wake_in(0)
         while self.busy and time.monotonic() < until:
             time.sleep(0.02)
+        self.ended.set()
+        self.notify.set()
+        self.claimed.put(None)
+        with contextlib.suppress(Exception):  # it may not listen, or no longer
+            self.listening._usock.shutdown(socket.SHUT_RDWR)
