@@ -175,6 +175,9 @@ DECLARE
     was text;
     message_id bigint;
 BEGIN
+    IF EXISTS (SELECT 1 FROM messages WHERE sid = p_sid) THEN
+        RETURN; -- delivered again: what is newer of the user stays
+    END IF;
     SELECT u.user_phone INTO who FROM users u WHERE u.external_user_id = p_external OR u.user_phone = p_from
         ORDER BY u.external_user_id = p_external DESC NULLS LAST LIMIT 1;
     INSERT INTO users AS u (user_phone, external_user_id, reply_to, own_number, profile_name, last_in_at)
