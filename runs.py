@@ -71,8 +71,8 @@ class Run:
 
     @property
     def patience(self) -> float:
-        """Seconds that a call which may be repeated can take within the lease."""
-        return min(CALL_TIMEOUT, max(0.5, self.lease_until - time.monotonic() - 0.5))
+        """Seconds that a call which may be repeated can take within the lease and the turn's own time."""
+        return min(CALL_TIMEOUT, max(0.5, self.lease_until - time.monotonic() - 0.5), max(1.0, self.seconds_left))
 
     def check_lease(self) -> None:
         """Raise LeaseLost when the lease ran out by our own clock; called just before a call that has an effect."""
