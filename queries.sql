@@ -257,13 +257,14 @@ f AS (
         outcome = CASE WHEN p.lost > 0 THEN 'undelivered' ELSE coalesce(outcome, 'intercepted') END,
         reason = CASE WHEN p.lost > 0 THEN p.code ELSE reason END
     FROM p WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at, sent),
+i AS (SELECT min(at) AS first_at FROM messages WHERE run_id = :id AND direction = 'in'),
 n AS (
     INSERT INTO runs (user_phone, due_at, pending)
     SELECT user_phone, greatest(now(), (SELECT max(m.at) FROM messages m WHERE m.user_phone = f.user_phone
         AND m.direction = 'in' AND m.run_id IS NULL) + :burst::float8 * interval '1 s'), pending
     FROM f WHERE pending > 0 RETURNING due_at)
-SELECT f.outcome, f.sent, extract(epoch FROM now() - f.created_at)::float8 AS seconds,
-    (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM f
+SELECT f.outcome, f.sent, extract(epoch FROM now() - coalesce(i.first_at, f.created_at))::float8 AS seconds,
+    (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM f, i
 
 -- name: open_runs
 SELECT state, count(*) AS n, extract(epoch FROM now() - min(due_at) FILTER (WHERE due_at <= now()))::float8 AS late
