@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import types
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from database import connection_options, migrate
 from settings import Settings, load_settings
 from simulator import Simulator
 from tests.local_openai import LocalOpenAI
+from tools import hookimpl
+from tools._plugins import PluginReport
 
 ANA = "whatsapp:+5215511110001"
 WEBHOOK_SECRET = "whsec_" + "c2VjcmV0byBkZSBwcnVlYmFz"
@@ -125,6 +128,7 @@ class Hilo:
         self.gateway = gateway.Gateway(settings, settings.database_url.get_secret_value())
         self.server = gateway.Server(self.gateway, "127.0.0.1", settings.port)
         self.url = settings.origin
+        self.running = False
 
     @property
     def db(self) -> Any:
@@ -133,11 +137,33 @@ class Hilo:
     def start(self) -> Hilo:
         self.gateway.start()
         self.server.thread.start()
+        self.running = True
         return self
 
     def stop(self) -> None:
-        self.server.drain()
-        self.gateway.stop()
+        if self.running:
+            self.running = False
+            self.server.drain()
+            self.gateway.stop()
+
+    def plug(self, **hooks: Callable[..., Any]) -> PluginReport:
+        """Load a plugin made of these hooks; it is asked before those that are there."""
+        module = types.ModuleType(f"plugin_{uuid.uuid4().hex[:8]}")
+        for name, function in hooks.items():
+            setattr(module, name, hookimpl(function))
+        self.gateway.plugins.load(module.__name__, lambda: module, "tools/prueba.py")
+        return self.gateway.plugins.reports[module.__name__]
+
+    def tool(self, *functions: Callable[..., Any], **options: Any) -> None:
+        """Let the assistant call these functions."""
+        report = self.plug(register_tools=lambda register: [register(function, **options) for function in functions])
+        assert report.error is None, report.error
+
+    def age(self, seconds: float) -> None:
+        """Let time pass for what waits: the stored moments of open runs and unfinished parts lie further back."""
+        self.rows("UPDATE messages SET sending_at = sending_at - :s::float8 * interval '1 s' WHERE state = 'sending'", s=seconds)
+        self.rows("UPDATE runs SET due_at = due_at - :s::float8 * interval '1 s' WHERE state <> 'done' AND NOT held", s=seconds)
+        self.gateway.alarm.wake_in(0)
 
     def rows(self, sql: str, **params: Any) -> list[dict[str, Any]]:
         return self.gateway.db.rows(sql, params)
