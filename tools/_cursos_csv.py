@@ -237,7 +237,7 @@ def _curso(linea: int, columnas: Sequence[str], celdas: Sequence[str], fallos: l
 
 def _avance(cosas: Iterable[Any] | None, total: int, que: str) -> Any:
     """Devuelve lo mismo que recibe, con una barra de avance en stderr si es mucho."""
-    return tqdm(cosas, que, total, file=sys.stderr, unit=" cursos", disable=total < MUCHOS, leave=False)
+    return tqdm(cosas, que, total, file=sys.stderr, unit=" cursos", disable=total < MUCHOS)
 
 
 # --- Guardar el catálogo ----------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class Resumen:
         )
 
     def __str__(self) -> str:
-        return f"{self.nuevos} nuevos, {self.actualizados} actualizados, {self.sin_cambios} sin cambios"
+        return f"nuevos: {self.nuevos}, actualizados: {self.actualizados}, sin cambios: {self.sin_cambios}"
 
 
 # SQL hecho solo con nombres de COLUMNAS: las que no trae el archivo se quedan como estaban, o con su valor por omisión.
@@ -351,7 +351,7 @@ def main(argumentos: Sequence[str] | None = None) -> int:
     try:
         cursos = leer(opciones.archivo)
         if opciones.revisar:
-            print(f"{opciones.archivo}: {len(cursos)} cursos sin fallos")
+            print(f"{opciones.archivo}: cursos sin fallos: {len(cursos)}")
             return 0
         resumen, total = _a_la_base(cursos)
     except CatalogoError as error:
@@ -365,7 +365,7 @@ def main(argumentos: Sequence[str] | None = None) -> int:
     else:
         print(f"{opciones.archivo}: {resumen}")
         if total > len(cursos):
-            print(f"Otros {total - len(cursos)} cursos del catálogo no están en el archivo: siguen como estaban.")
+            print(f"Cursos del catálogo que no están en el archivo y siguen como estaban: {total - len(cursos)}")
         return 0
     return 1
 
@@ -375,5 +375,5 @@ def _contar_fallos(ruta: Path, fallos: Sequence[Fallo], muestra: int = 50) -> No
     for fallo in fallos[:muestra]:
         print(f"{ruta}: {fallo}", file=sys.stderr)
     if len(fallos) > muestra:
-        print(f"{ruta}: … y {len(fallos) - muestra} fallos más", file=sys.stderr)
-    print(f"{ruta}: {len(fallos)} fallos; no se guardó nada.", file=sys.stderr)
+        print(f"{ruta}: … y otros {len(fallos) - muestra}", file=sys.stderr)
+    print(f"{ruta}: fallos: {len(fallos)}; no se guardó nada.", file=sys.stderr)

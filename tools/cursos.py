@@ -7,6 +7,7 @@ La tabla, lo que se busca de cada curso y cómo se puntúa están en `schema.sql
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -94,7 +95,8 @@ def detalle(query: Consulta, codigo: str) -> Fila | None:
     Además de lo de `buscar`: descripcion, temario, requisitos, sede, horario, docente, enlace y, en vez de
     proxima_fecha, fechas_inicio (list[date], solo las que vienen).
     """
-    return next(iter(query(DETALLE, codigo=codigo)), None)
+    # Lo demás no es de un código, y PostgreSQL no admite ni un carácter nulo ni medio emoji.
+    return next(iter(query(DETALLE, codigo=re.sub(r"[^\w+#]", "", codigo))), None)
 
 
 def codigos_cercanos(query: Consulta, codigo: str, limite: int = 3) -> list[Fila]:
