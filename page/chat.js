@@ -851,6 +851,7 @@ async function start() {
   await loadState();
   if (!inspects) for (const name of ["runs", "plugins"]) $(`#tab-${name}`).hidden = true;
   showTab(inspects ? tabs[0] : tabs[2]);
+  app.classList.toggle("no-side", matchMedia("(max-width: 1080px)").matches);
   const wanted = decodeURIComponent(location.hash.slice(1));
   await choose(people.has(wanted) ? wanted : people.keys().next().value, !phone.matches);
   listen();
