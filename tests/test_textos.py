@@ -77,7 +77,8 @@ def test_a_missing_or_unreadable_file_raises_naming_it(tmp_path: Path) -> None:
 
 # --- the language ---------------------------------------------------------------------------------------------
 
-ESPAÑOL = """
+ESPAÑOL = (
+    """
 ok|hola|ola|2|👍||excel|Excel|marketing digital|business intelligence|project management|power bi|data science|jaja
 machine learning|el 2|la segunda|ese|sí|si|no|gracias|muchas gracias|buenas|buenos dias|buen día|info|informes
 cuanto cuesta|cuánto sale|que cursos tienen|quiero el curso de community manager|cuando empieza|ayuda|precio
@@ -88,20 +89,31 @@ che cuánto sale el curso de excel?|oye parce cuánto vale|dame informes porfa|a
 tenés algo de diseño?|¿en qué horario es?|www.ejemplo.com|curso de portugués|clases de inglés|excel avansado|da lo mismo
 me das el temario|los dos|no gracias|de nada|nos vemos|hasta luego|quiero pagar con pix|1|dos|7️⃣|🙏🙏|¿?|sesión 3|hoy
 vivo en São Paulo y quiero un curso en línea|machine learning for beginners|growth hacking|social media|scrum master
-""".strip().replace("\n", "|").split("|")
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
-INGLÉS = """
+INGLÉS = (
+    """
 hello|hi|Hi there!|how much is the excel course?|what courses do you have|do you have anything about marketing
 I want to enroll|when does it start|thank you so much|where are you located|is there a discount?|good morning
 can I talk to an advisor|I'm interested in the second one|what's the price|which one is cheaper|price of excel
 i need a course for beginners|hola, do you have courses in english? what is the price?
-""".strip().replace("\n", "|").split("|")
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
-PORTUGUÉS = """
+PORTUGUÉS = (
+    """
 oi|olá|Oi, tudo bem?|bom dia|boa noite|obrigado|obrigada!|quanto custa o curso de excel?|qual o preço|quero me inscrever
 quais cursos vocês têm?|quando começa|vc tem curso de marketing?|não entendi|tem desconto?|posso pagar com pix?
 gostaria de falar com um atendente|quero saber mais sobre o curso|excel para iniciantes|informação|tchau|valeu
-""".strip().replace("\n", "|").split("|")
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tools import _cursos_pregunta
+
 PALABRAS = 120  # words of a turn that are read
 LISTA = 5  # courses in one answer
 TACHADA = "·"  # stands for a word that a row has taken
@@ -24,7 +26,8 @@ TACHADA = "·"  # stands for a word that a row has taken
 PATRONES = r"""
 presentacion  (me llamo|mi nombre es|my name is|me chamo|meu nome e) \w+( (?!y\b|e\b|and\b|quiero\b)[a-z]{3,})?
 presentacion  soy( de)? (?!principiante|novat|nuev)\w+|mucho gusto
-como_estas    (como|q tal|que tal) (estas?|esta usted|estan|te va|le va|les va|andas?|andan|va todo)|como vai
+precio        a como( (esta|es|sale))?
+como_estas    (como|q tal|que tal) (estas|esta usted|estan|te va|le va|les va|andas?|andan|va todo)|como vai
 como_estas    tudo bem|how are you( doing| today)?
 gracias       (much[ai]s? |mil |muito |ok )?
               (gra[csz]+ias|grac|grax|grcs|thanks|thank you|thx|obrigad[oa]|obg|valeu)
@@ -39,7 +42,12 @@ despedida     hasta (luego|pronto|manana|la vista|la proxima)|(un )?buen (fin de
 despedida     que (estes?|tengas?|tenga) (muy )?\w+( (dia|tarde))?|(eso|es) (es |seria )?todo
 duda          (tengo )?(una |unas )?(otra )?(dudas?|preguntas?|consultas?)|(quick )?question|uma (duvida|pergunta)
 
-quien_soy     (eres|es|sos|hablo con|e|are you)( una?| a)? (bot|robot|humano|persona|maquina|human|real)|robot|bot
+detalle       (vi|mire|encontre|me salio) (su|el|un|una|este) (anuncio|publicacion|post|pagina)
+              ( (en|de|por) (facebook|face|fb|instagram|insta|ig|tiktok|internet|redes|google)( sociales)?)?
+recomienda    (que|q|cual|cuales|what|which)? ?(curso |uno |one )?(me |nos |do you )?(recomiend\w+|sugier\w+|convien\w+)
+recomienda    (cual|que) (es|seria) (el )?(mejor|bueno)|(el |cual es el |la )?mejor( curso| opcion)?$|recommend\w*
+quien_soy     (eres|es|sos|hablo con|e|are you)( una?| a)? (bot|robot|humano|persona|maquina|human|real)
+              ( real| de verdad| humana?)?|robot|bot
 quien_soy     (con )?quien (eres|sos|hablo|habla|es usted)|quem (e voce|fala)|como te llamas|who are you
 asesor        ((hablar|chatear|comunic\w+|contact\w*|falar|talk|speak) (con |com |a |to |with )?)?(una? |el |la |an )?
               (ase[sc]or(a|es|as|ia)?|aseror|atendentes?|consultor(a|es)?|advis[oe]rs?|ejecutiv[oa]s?)
@@ -51,8 +59,9 @@ asesor        (su|un|algun|tienen|hay|numero de|el|your) (numero de )?(tel(efono
 queja         (nadie|no) (me )?(responden?|contestan?|atienden?|ayudan?)|(que )?mal(isimo)? servicio|que mal
 queja         quejas?|reclam(o|os|ar)|estafa\w*|horrible|inutil\w*|no (me )?sirve[ns]?|malisim\w+|pesim\w+
 
+facil         (el |la |lo |algo )?mas (facil|sencill[oa]|basic[oa])(es)?|easiest|mais facil
+barato        gratis|gratuit[oa]s?|(de )?menor precio|cheap(er|est)?|mais barato
 barato        (el |la |lo |los |las |algo |algun[oa] )?mas (barat|economic)[oa]s?|(algo )?(barat|economic)[oa]s?
-barato        (de )?menor precio|cheap(er|est)?|mais barato
 corto         (el |la |algo )?(mas )?(cort[oa]|rapid[oa]|breve)s?|shortest|mais curto
 pronto        (el |la |cual )?(que )?(empieza|inicia|comienza) (mas pronto|antes|primero)|el mas (proximo|cercano)
 detalle       (mas )?(informes?|infos?|informacion|informacoes|detalles?|datos|details)|saber mas|more info\w*
@@ -61,14 +70,15 @@ mas           (ver|muestra\w*|mostrar|ensename|dame|quiero|hay|tienen|tienes|y|q
                (algo )?(mas|otr[oa]s)( (cursos|opciones|temas|alternativas|tienen|hay|ofrecen))*
 mas           (mas|otr[oa]s) (cursos|opciones|alternativas)|(show me )?more( courses| options)?|outr[oa]s( cursos)?
 catalogo      (que|q|ke|k|cuales|quais|what|which)( son)?( los| otros| os| sao os)?
-               (cursos?|talleres|diplomados|capacitaciones|clases|carreras|opciones|courses|temas)
+               (cursos?|talleres|diplomados|capacitaciones|clases|carreras|opciones|courses)
               ( (tienen?|tienes|tenes|hay|ofrecen|dan|manejan|imparten|estan|do you have|are there|disponibles))*
 catalogo      (que|q|ke|k) (tienen?|tienes|tenes|ofrecen|dan|ensenan|manejan|venden|hay)( disponibles?)?|catalogos?
 catalogo      oferta (academica|educativa|de cursos)|cursos (disponibles|que (tienen|ofrecen|dan))
-catalogo      (lista|listado) de( los)? cursos|(ver |todos )+(todos |los |sus )*cursos|all (the |your )?courses
+catalogo      (lista|listado) de( los)? cursos|(ver |todos )+(todos |los |sus )*cursos|all (the |your )?courses|todos$
 
 enlace        links?|enlaces?|(la|su|una|tienen|your) (pagina( web)?|sitio web|website)
-horario       h?orarios?|que (dias?|horas?)|a que h?ora|turnos?|(los )?(fin(es)? de semana|sabados?|domingos?)
+atencion      (a que h?ora |hasta que h?ora )?(abren|cierran|atienden)|(estan )?abiertos?|horarios? de atencion
+horario       h?orarios?|(que|q|k) (dias?|horas?)|a que h?ora|turnos?|(los )?(fin(es)? de semana|sabados?|domingos?)
 horario       entre semana|(en|por|de) la (manana|tarde|noche)|timetables?|schedules?|weekends?|what time
 duracion      cuant[oa]s? (\w+ )?(duran?|tiempo|tarda\w*|horas?|semanas?|mes(es)?|clases|sesiones)( (dura|es|son))?
 duracion      (la )?dura(cion|n)?|how long( is it| does it (take|last))?|quanto tempo( dura)?
@@ -77,10 +87,10 @@ pago          (donde |como )?(se |lo |los |te |les )?pag(o|a|as|os|ar|arlo|arles
 pago          (con |por |en |a )?(tarjetas?|transferencia|deposit[oa]\w*|oxxo|paypal|efectivo|mercado ?pago|plazos
               |cuotas|mensualidades|abonos|meses( sin intereses)?|msi|pix|boleto|cartao|credit card|cash|yape|nequi
               |pse|spei)( de credito| de debito)?
-precio        (a |en )?cuant[oa]s? (\w+ )?(\w+ )?(cuest\w*|vale\w*|sale\w*|es|seria|cobran?|esta|estan|son|anda|queda)
+precio        (a |en )?cuant[oa]s? (\w+ ){0,2}(cue[szc]t\w*|vale\w*|sale\w*|es|seria|cobran?|esta|estan|son|anda|queda)
 precio        pre[csz]+i?os?|(?<!de )costos?|costes?|(la |de )inversion|tarifas?|colegiaturas?|valor(es)?|cuestan?
 precio        how much( (is|are|does|do)( it| they)?( cost)?)?|prices?|costs?|quanto( (custa\w*|e|sai|fica|vale))?
-precio        (q|k|ke|que) (pre[csz]io|vale)|a como( (esta|es|sale))?|cuanto
+precio        (q|k|ke|que) (pre[csz]io|vale)|cuanto
 fechas        (para |desde )?cuando
               ( (\w+ )?(emp[ie]+[zs]\w+|inici\w+|arranc\w+|comien\w+|abren?|hay|es|son|sale|toca))?
 fechas        fechas?( de inicio)?|(empiez|comienz|arranc)an?|inicia[ns]?|inicio|proxim[oa]s? (grupos?|inicios?)
@@ -88,26 +98,29 @@ fechas        (start(ing)? )?dates?|when( (does|do|is) (it|they)( start)?)?|star
 fechas        que dia (empiez|inici|comienz|arranc)\w+|calendario|comeca[mr]?
 requisitos    requisit\w*|requer\w+|pre ?requisit\w*|requirements?|conocimientos?( previos?)?|saber algo
 requisitos    (que|algo) (necesito|ocupo|se necesita|se ocupa|piden|hace falta|debo)( (saber|tener|llevar|para))*
+requisitos    (incluye\w* |dan |piden )?(el |los )?material(es)?|que (llevo|hay que llevar)
 requisitos    (necesito|hay que|tengo que|debo) (saber|tener|llevar)( (algo|antes|previamente))*|what do i need
+requisitos    (necesito|piden|se necesita|hace falta|hay que tener|tener) (mucha |alguna )?experiencia( previa)?
 modalidad     modalidad(es)?|en ?linea|on ?line|(?<!asistente )(?<!realidad )virtual(es)?|presencial(es)?
 modalidad     hibrid[oa]s?|a distancia|por zoom|en vivo|por internet|in person|desde (mi )?casa|grabad[oa]s
 docente       (el |la |que |quien es el |quien es la |los |su |the )?
               (profes?|profesor\w*|docentes?|instructor\w*|teachers?|ponentes?|facilitador\w*)
-docente       quien (lo |la |los )?(da|imparte|ensena|dicta|dara)
-temario       temari\w*|(el |que |los |cuales son los )?temas?|(?<!de )contenidos?|programa|modulos?|syllabus
+docente       quien (lo |la |los )?(da|imparte|ensena|dicta|dara)|quien es (el |la )?(maestr[oa]|tutora?)
+temario       (el |que |los |cuales son los )?temas?( (se )?(ven?|vemos|incluye|abarca|son))?
+temario       temari\w*|(?<!de )contenidos?|programa|modulos?|syllabus
 temario       que (\w+ )?(\w+ )?(ve|ven|vemos|aprend\w+|ensena|incluye\w*|abarca|trae|cubre)|plan de estudios?
 temario       what (will i|do you|do i|does it) (learn|teach|cover)|o que (se )?aprend\w+
 certificado   certifica(do|dos|n|te)|certificates?|diploma|constancias?|reconocimiento|avalad[oa]|validez
 factura       factura(s|n|r|me)?|cfdi|invoices?|nota fiscal
 direccion     (donde|onde) (es|son|estan?|quedan?|se (ubican?|encuentran?|dan?)|fica|estao)( \w*ubicad[oa]s)?
-direccion     (la |su )?(direccion|ubicacion)(?! de)|sucursal\w*|sedes?|domicilio|de donde son
+direccion     (la |su )?(direccion|ubicacion)(?! de)|sucursal\w*|sedes?|domicilio|de donde son|(en )?donde$
 direccion     en que (ciudad|parte|lugar)( estan| es)?|where( (are you|is it))?( located)?|address
 descuento     descuentos?|promo(s|cion|ciones)?|beca(s|dos?|rme)?|rebajas?|cupon(es)?|discounts?|descontos?|2x1
 descuento     (esta |es |sale |muy )+car[oa]|ofertas?
-inscripcion   (como |donde |quiero |quisiera |puedo |para |me )*(in?s?cri[bvp]\w*|inscricao)( (me|al|a|en|yo))*
-inscripcion   (me )?(matricul|registr)\w+|(me )?(apunto|anoto)|(apuntar|anotar|apartar|reservar)(me|lo)?
+inscripcion   (como |donde |quiero |quisiera |puedo |para |me )*(in?s?cr[ei][bvp]\w*|inscricao)( (me|al|a|en|yo))*
+inscripcion   (me )?(matricul|registr)\w+|(apunt|anot|apart|separ|reserv)(o|ar|arme|arlo)
 inscripcion   (how (do|can) i )?(to )?(enroll?|sign( me)? up|join)( in| for)?|enroll?ment|(lo )?comprar?(lo)?
-inscripcion   (hay |quedan |tienen )?(cupos?|lugares|vagas|vacantes)|lo (tomo|quiero|compro)
+inscripcion   (hay |quedan |tienen )?(cupos?|lugar(es)?|vagas|vacantes)|lo (tomo|quiero|compro)
 inscripcion   como (le )?(hago|hacemos) para (entrar|tomarlo)|como (entro|ingreso|empiezo|participo)
 inscripcion   quiero (entrar|tomarlo|ingresar)
 interes       (me )?(interesa\w*|gusta\w*|late|convence|encanta)|im interested|quiero (ese|este|esa|esta)|gostei
@@ -123,6 +136,7 @@ senala        (el|del|este|ese) curso
 medida        (las )?(\d{1,3}|un|una|dos|tres|cuatro|cinco) (de )?
               (enero|febrero|marzo|abril|mayo|junio|julio|agosto|se[pt]+iembre|octubre|noviembre|diciembre|am|pm|anos?
               |horas?|hrs?|dias?|semanas?|mes|meses|personas?|pesos|dolares|hij[oa]s?|cursos|minutos?|years?|dollars)
+privado       (mi|my|meu) (numero de )?(correo|e?mail|tel(efono)?|cel(ular)?|numero|whats?app)( electronico)?( es| is)?
 medida        (primera|segunda|tercera|ultima) (vez|parte)|las \d{1,2}
 
 ayuda         (me )?(ayud\w*|ajuda\w*)|help( me)?|menu|opciones|que (puedes|sabes) hacer|instrucciones
@@ -133,8 +147,9 @@ saludo        saludos|q tal
 risa          (ja|je|ji|ha|he|hua){2,}\w?|lol|xd+|k{3,}|rs(rs)+
 si            si+p?|sim|yes|yeah|yep|sure|claro que si|por supuesto|obvio|si claro
 no            no+|nop|nope|nah|nao|ningun[oa]?|asi esta bien|nada( mas)?
-acuerdo       ok(ay|is|i|ey|a)?|va|vale|dale|listo|perfect[oa]?|excelente|genial|super|de acuerdo|bueno|entiendo
-acuerdo       entendido|ya( veo)?|claro|chevere|bacan[oa]?|barbaro|great|got it|beleza|sale|orale|ah+|oh+|m{2,}
+acuerdo       (?<!\w )(va|sale|ya)(?! \w)|ok(ay|is|i|ey|a)?|vale|dale|listo|perfect[oa]?|excelente|genial|super
+acuerdo       de acuerdo|bueno|entiendo
+acuerdo       entendido|ya veo|claro|chevere|bacan[oa]?|barbaro|great|got it|beleza|orale|ah+|oh+|m{2,}
 """
 
 # What a turn without a word says by its signs.
@@ -148,27 +163,29 @@ SIGNOS: tuple[tuple[str, str], ...] = (
     ("no", "👎❌"),
 )
 
-# Words that carry no subject: what they leave is searched for.
-VACIAS = frozenset(
-    """a al algo alguien algun alguna alguno algunos ahi ahora ahorita antes aqui asi aun aunque bien buen
-    buena cada casi como con cosa cosas cual cuales da dan dar das de del decir desde dices di dime disculpa
-    disculpe donde e el ella ellos en entonces entrar era es eso esta estan estaba estar este estoy fue
-    gente gustaria gusta ha hacen hacer hace haces han hasta hay he hoy ir la las le les lo los luego
-    manejan me mi mis mucho mucha muchos muchas misma mismo momento muy nada necesito ni nos o ofrecen otra
-    otro para pero perdon perdona pf por porfa porfavor porfis porque preguntar puede pueden puedes podria
-    podrian podrias pues puedo q que queria querer quien quiere quiero quisiera quieres saber se sea ser si
-    sobre solo son soy su sus tal tambien tan tanto te tema tendran tener tendria tengo tiene tienen tienes
-    tenes ti todo todos trabajo tu un una unos usted ustedes va van vamos ver vez voy x xfa y ya yo favor
-    aceptan reciben hijo hija hijos one aprender aprendo estudiar tomar llevar hago hice dijo dije digo oye
-    oiga oigan mira miren che wey guey parce amigo amiga senor senorita joven buscando busco buscaba ando
-    queremos interesado interesada consulta duda mejor curso cursos cursito clase clases taller talleres
-    diplomado diplomados capacitacion capacitaciones carrera quede quedo pasa pasame pasan pase mandame
-    manda mandan envia enviame envian dame deme denme darme vos preciso the of for and to in with my about
-    any an do does you your have has i im id am is are on at be it can could would want need like looking
-    course courses class classes please there what which where how or tell learn some s t os as um uma no na
-    nas em eu voce voces tem vc vcs com dos quero gostaria meu minha aula aulas mais tenho fazer qual quais
-    ter vou so pra""".split()
+# Words that carry no subject, besides those that the search leaves aside.
+VACIAS = _cursos_pregunta.VACIAS | frozenset(
+    """mejor trabajo aceptan ahora ahorita alguien am an antes as at aun aunque be bien buen buscaba can carrera casi
+    com cosa cosas could darme deme di dices digo dije dijo does dos edad estaba estar eu faco fazer
+    fijese gente hace haces has he hice hoy id im in it llevar looking luego mais meu minha mira miren
+    momento mucha muchas mucho muchos na nadie nas need nunca on one or pasas pase perdona pf podrias
+    porfis pra preciso pronto quais qual quede quedo querer quieres reciben recien regalan s sea siempre
+    so some t tan tanto tell tendria tenho ter ti todo todos total usted ustedes vamos vcs vdd vez vou
+    where which with your""".split()
 )
+# Subjects in English and Portuguese, for a catalogue in Spanish.
+EN_ESPAÑOL: Mapping[str, str] = dict(
+    accounting="contabilidad", baking="repostería", barber="barbería", beauty="belleza", bread="panadería",
+    cake="pasteles", cakes="pasteles", chocolate="chocolatería", coffee="barismo", computer="computación",
+    computers="computación", cooking="cocina", cook="cocina", design="diseño", drawing="dibujo",
+    electrician="electricidad", english="inglés", eyelash="pestañas", finance="finanzas", french="francés",
+    languages="idiomas", language="idiomas", leadership="liderazgo", makeup="maquillaje", nail="uñas",
+    nails="uñas", payroll="nóminas", phone="celulares", phones="celulares", photo="fotografía",
+    photography="fotografía", portuguese="portugués", programming="programación", project="proyectos",
+    projects="proyectos", sales="ventas", sewing="costura", tax="impuestos", taxes="impuestos", website="web",
+    confeitaria="repostería", culinaria="cocina", desenho="dibujo", maquiagem="maquillaje",
+    panificacao="panadería", programacao="programación", unhas="uñas", vendas="ventas",
+)  # fmt: skip
 PIDE = re.compile(
     r"\b(cursos?|clases?|taller(es)?|diplomados?|capacitacion(es)?|aprender|estudiar|busco|buscando|tienen?|tienes|tenes|"
     r"ofrecen|ensenan|quiero|quisiera|necesito|interesa\w*|courses?|learn|want|aulas?|quero|tem)\b"
@@ -254,8 +271,9 @@ def leer(texto: str) -> Lectura:
     quedan = [par for par, resto in zip(palabras, restos, strict=True) if resto != TACHADA and _dice_algo(par[1])]
     if all(limpia in NUMEROS for _, limpia in quedan):
         numeros, quedan = (*(NUMEROS[limpia] for _, limpia in quedan), *numeros), []
+    quedan = [par for par in quedan if par[1] not in NUMEROS or par[1].isdigit()]
     return Lectura(
-        dice=frozenset([*dice, *(["datos_personales"] if privados else []), *([] if palabras else _signos(texto))]),
+        dice=frozenset([*dice, *(["privado"] if privados else []), *([] if palabras else _signos(texto))]),
         tema=tuple(palabra for palabra, _ in quedan),
         numeros=numeros[:LISTA],
         codigos=codigos,
@@ -297,13 +315,13 @@ def _tachar(frase: str) -> tuple[str, list[str]]:
 
 
 def _tachadas(hallazgo: re.Match[str]) -> str:
-    """As many marks as the words that were found."""
-    return " ".join(TACHADA for _ in hallazgo[0].split())
+    """What was found with a mark in place of each word."""
+    return re.sub(r"\S+", TACHADA, hallazgo[0])
 
 
 def _dice_algo(limpia: str) -> bool:
     """Whether a word may be searched for."""
-    return limpia not in VACIAS and (len(limpia) > 1 or limpia.isdigit())
+    return limpia in NUMEROS or (limpia not in VACIAS and len(limpia) > 1)
 
 
 def _se_pide(frase: str, quedan: list[tuple[str, str]]) -> bool:

@@ -109,7 +109,7 @@ _FUERTES: Mapping[str, frozenset[str]] = {
     "pt": frozenset(
         """olá oi opa obrigado obrigada obg você vocês voce voces vc vcs não quero queria gostaria preciso tenho tem
         têm quanto quais custa custam preço preco inscrição inscrever matricular uma quando começa comeca começam
-        onde também muito bom boa noite tudo posso fazer eu meu minha isso pra pagamento cartão pix são está tchau
+        onde também muito bom boa noite tudo posso fazer eu meu minha isso pra pagamento cartão pix são tchau
         valeu falar atendente desconto qual estou iniciantes""".split()
     ),
 }
