@@ -306,6 +306,11 @@ def test_nothing_at_all_tells_the_areas(sample: Catalogue) -> None:
     assert answer["cursos"] == answer["cercanos"] == [] and "Idiomas" in answer["areas"] and "buceo" in answer["aviso"]
 
 
+def test_a_search_without_a_subject_tells_the_areas(sample: Catalogue) -> None:
+    answer = buscar_curso(sample.context, "todos los cursos")
+    assert answer["cursos"] == [] and "Falta" in answer["aviso"] and len(answer["areas"]) >= 8
+
+
 def test_areas_are_told_with_their_number_of_courses(sample: Catalogue) -> None:
     told = areas(sample.query)
     assert sum(row["cursos"] for row in told) == len(leer(SAMPLE))

@@ -14,7 +14,8 @@ VACIAS = frozenset(
     cuantas cuanto cuantos de del desde donde e el ella ellos en entonces era es esa ese eso esos esta estan
     estas este esto estos fue ha haber han hasta hay la las le les lo los mas me mi mis mismo misma muy nada ni
     no nos o os otra otras otro otros pa para pero por porque pues que quien quienes se ser si sin sobre solo
-    son su sus tal tambien te tu tus u un una uno unos vos y ya yo k x d p q pq xq tb
+    son su sus tal tambien te todas todo todos tu tus u un una uno unos vos y ya yo k x d p q
+    pq xq tb
 
     hola ola holi hey bueno buena buenos buenas dia dias tarde tardes noche noches saludos gracias favor porfa
     porfavor plis pls xfa xfavor disculpa disculpe disculpen perdon oye oiga oigan ok okey vale listo claro jaja

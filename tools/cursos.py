@@ -138,9 +138,13 @@ def buscar_curso(
     hallados = buscar(context.query, nombre, nivel, max(1, min(limite, 10)))
     if hallados:
         return {"cursos": [_breve(curso) for curso in hallados]}
+    if entender(nombre).palabras:
+        aviso = f"No hay ningún curso de «{nombre[:80]}»" + (f" de nivel {nivel}." if nivel else ".")
+    else:
+        aviso = "Falta decir de qué tema; estas son las áreas."
     return {
         "cursos": [],
-        "aviso": f"No hay ningún curso de «{nombre}»" + (f" de nivel {nivel}." if nivel else "."),
+        "aviso": aviso,
         "cercanos": [_breve(curso) for curso in cercanos(context.query, nombre)],
         "areas": [area["area"] for area in areas(context.query)],
     }
