@@ -77,6 +77,16 @@ class Settings(pydantic.BaseModel):
         return secret.get_secret_value() if secret else None
 
     @property
+    def call_timeout(self) -> float:
+        """Seconds for any call to the outside: 10, fewer (never below 2) where leases are shorter."""
+        return min(10.0, max(2.0, self.lease_seconds))
+
+    @property
+    def grace(self) -> float:
+        """Seconds a lease outlives the call that it was renewed for."""
+        return self.call_timeout / 2
+
+    @property
     def origin(self) -> str:
         """PUBLIC_URL without a slash at its end, "" where there is none."""
         return (self.public_url or "").rstrip("/")
@@ -92,18 +102,37 @@ def variables() -> dict[str, pydantic.fields.FieldInfo]:
     return {name.upper(): info for name, info in Settings.model_fields.items() if name != "environ"}
 
 
+def environment() -> dict[str, str]:
+    """Return the variables of `.env` with those of the process over them."""
+    return {**{name: value or "" for name, value in dotenv.dotenv_values(".env").items()}, **os.environ}
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
+    """Return the settings that can be used, and one line for each variable that cannot."""
+    environ = environment() if environ is None else environ
+    given = {name.lower(): environ[name] for name in variables() if environ.get(name, "").strip()}
+    faults: list[str] = []
+    while True:
+        try:
+            return Settings(environ=dict(environ), **given), faults  # type: ignore[arg-type]
+        except pydantic.ValidationError as error:
+            for name in {str(fault["loc"][0]): None for fault in error.errors()}:
+                faults.append(unusable(name, given.pop(name)))
+
+
+def unusable(name: str, value: str) -> str:
+    """Return the line that names a variable, what it held (unless secret) and what it needs."""
+    info = Settings.model_fields[name]
+    held = "(secret)" if "Secret" in str(info.annotation) else repr(value[:80])
+    return f"{name.upper()}={held} cannot be used: it needs {info.description}"
+
+
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     """Return the settings of the environment and `.env`; raises ConfigurationError naming the first bad one."""
-    if environ is None:
-        environ = {**{k: v or "" for k, v in dotenv.dotenv_values(".env").items()}, **os.environ}
-    given = {name.lower(): environ[name] for name in variables() if environ.get(name, "").strip()}
-    try:
-        return Settings(environ=dict(environ), **given)  # type: ignore[arg-type]
-    except pydantic.ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-    info = Settings.model_fields[name]
-    held = "(secret)" if "Secret" in str(info.annotation) else repr(given[name][:80])
-    raise ConfigurationError(f"{name.upper()}={held} cannot be used: it needs {info.description}")
+    settings, faults = read_settings(environ)
+    if faults:
+        raise ConfigurationError(faults[0])
+    return settings
 
 
 class Assistant(pydantic.BaseModel):
@@ -157,21 +186,28 @@ def mask(address: str) -> str:
     return f"{scheme}{colon}{rest[:3]}…{rest[-4:]}" if len(rest) > 7 else f"{scheme}{colon}…"
 
 
-class LogFormat(logging.Formatter):
-    """One line a step, with the run's id; addresses and secrets are masked wherever they slipped in."""
+ADDRESS = re.compile(r"whatsapp(?::|%3A)(?:\+|%2B)?[\w.]{7,}|\+\d{8,15}", re.ASCII)
 
-    ADDRESS = re.compile(r"whatsapp(?::|%3A)(?:\+|%2B)?[\w.]{7,}|\+\d{8,15}", re.ASCII)
+
+def scrub(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return a text with addresses masked, and secrets taken out, wherever they slipped in."""
+    text = ADDRESS.sub(lambda found: mask(found[0]), text)
+    for secret in secrets:
+        text = text.replace(secret, "(secret)") if len(secret) > 5 else text
+    return text
+
+
+class LogFormat(logging.Formatter):
+    """One line a step, with the run's id, scrubbed."""
+
     converter = time.gmtime  # type: ignore[assignment]
 
     def __init__(self, secrets: Iterable[str] = ()):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-        self.secrets = [secret for secret in secrets if len(secret) > 5]
+        self.secrets = tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
-        line = self.ADDRESS.sub(lambda found: mask(found[0]), super().format(record))
-        for secret in self.secrets:
-            line = line.replace(secret, "(secret)")
-        return line
+        return scrub(super().format(record), self.secrets)
 
 
 class RunLog(logging.LoggerAdapter[logging.Logger]):

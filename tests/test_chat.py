@@ -1,0 +1,139 @@
+"""`python gateway.py chat`: a conversation in the terminal, over the wire that production uses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+import trial
+from database import Database
+from localdb import start
+from tests.local_openai import LocalOpenAI, says
+
+GATEWAY = Path(trial.__file__).with_name("gateway.py")
+# What a production `.env` has, unusable here on purpose: nothing of it may be looked at.
+PRODUCTION = """
+DATABASE_URL=mysql://nowhere
+PUBLIC_URL=not an address
+PORT=none
+TWILIO_ACCOUNT_SID=ACreal
+TWILIO_AUTH_TOKEN=real-token
+TWILIO_FROM=real
+WORKER_THREADS=0
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory whose local database the tests of this file share."""
+    path = tmp_path_factory.mktemp("chat")
+    (path / ".env").write_text(PRODUCTION)
+    return path
+
+
+@pytest.fixture
+def chat(directory: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `chat` with pipes, and some variables."""
+    started: list[tuple[subprocess.Popen[str], threading.Timer]] = []
+
+    def starter(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(GATEWAY), "chat", *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=directory, env=os.environ | variables, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+        limit = threading.Timer(60, process.kill)  # a test that waits for a line would wait for ever
+        limit.start()
+        started.append((process, limit))
+        return process
+
+    yield starter
+    for process, limit in started:
+        limit.cancel()
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """Return what a process prints up to the line that has a text."""
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return "".join(lines)
+    raise AssertionError(f"no {text!r} in {''.join(lines)!r}; stderr: {process.stderr and process.stderr.read()}")
+
+
+def write(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def servers(directory: Path) -> list[Any]:
+    """Return the processes that have to do with a directory."""
+    found = (p.info for p in psutil.process_iter(["pid", "cmdline"]))
+    return [info for info in found if any(str(directory) in word for word in info["cmdline"] or ())]
+
+
+def test_chat_by_a_pipe_prints_each_answer_before_it_reads_on(
+    chat: Callable[..., subprocess.Popen[str]], directory: Path
+) -> None:
+    process = chat()
+    assert "flujo tradicional (sin OPENAI_API_KEY)" in read_until(process, "Escribe")
+    write(process, "hola")
+    assert "tú>   hola" in read_until(process, "hilo> ¡Hola")
+    write(process, "quiero un curso de excel")
+    output, errors = process.communicate()
+    assert "EXC-101" in output
+    assert (process.returncode, errors) == (0, "")
+    assert servers(directory) == []
+
+
+def test_chat_with_a_key_talks_to_the_assistant_until_sigterm(
+    chat: Callable[..., subprocess.Popen[str]], directory: Path, openai_server: LocalOpenAI
+) -> None:
+    openai_server.model = says("Tenemos Excel básico.")
+    process = chat("--log", OPENAI_API_KEY="sk-local", OPENAI_BASE_URL=openai_server.url, LOG_LEVEL="DEBUG")
+    assert "asistente cursos (gpt-6" in read_until(process, "Escribe")
+    write(process, "¿hay excel?")
+    read_until(process, "hilo> Tenemos Excel básico.")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "🧵 Thread ID: conv_" in errors and "Traceback" not in errors
+    assert servers(directory) == []
+    assert {path.name for path in directory.iterdir()} == {".env", ".data"}
+
+
+def test_trial_database_is_a_copy_without_users_and_what_was_killed_is_removed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(directory)
+    with start(trial.DIRECTORY) as server:
+        trial.migrate(server.url)
+        local = Database(server.url, 1)
+        local.rows("CREATE TABLE pedidos AS SELECT 7 AS numero")
+        local.rows("INSERT INTO users (user_phone, reply_to) VALUES ('whatsapp:+5215511110001', '')")
+        local.rows("INSERT INTO runs (user_phone, due_at) VALUES ('whatsapp:+5215511110001', now())")
+        local.rows("CREATE DATABASE trial_killed")
+        local.close()
+        with trial.trial_database() as url:
+            copy = Database(url, 1)
+            assert copy.rows("SELECT numero, (SELECT count(*) FROM users) AS users FROM pedidos") == [
+                {"numero": 7, "users": 0}
+            ]
+            assert copy.rows("SELECT count(*) > 30 AS full FROM cursos") == [{"full": True}]
+            names = copy.rows("SELECT datname FROM pg_database WHERE datname LIKE 'trial%'")
+            assert [row["datname"] for row in names] == [url.partition("?")[0].rpartition("/")[2]]
+            copy.close()

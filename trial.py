@@ -1,0 +1,271 @@
+"""Hilo on this machine alone: `chat` in the terminal, `demo` in the browser.
+
+Both put a local Twilio (simulator.py) where the real one would be and leave the rest as in production: a message comes
+in by a signed webhook, the answer leaves over Twilio's REST API. They know nothing of DATABASE_URL, TWILIO_* and
+PUBLIC_URL. Each works on a database of its own in the embedded PostgreSQL, a copy of the local one without its users:
+so a team's catalogue and tables are there, no real user's message is answered here, and several may run at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pg8000.native
+
+import gateway
+import localdb
+from database import Database, connection_options, migrate
+from settings import Settings, environment, load_settings, start_log
+from simulator import Message, Simulator
+
+DIRECTORY = Path(".data")
+ORIGIN = "http://chat.invalid"  # what webhooks are signed for; they go straight to the gateway's port
+USER = "whatsapp:+5215512345678"
+NAME = "Ana"
+PREFIX = "trial_"  # of the databases made here
+MAKING = 4815162343  # PostgreSQL advisory lock: one at a time makes a database, or removes what others left
+PATIENCE = 30.0  # seconds that an answer may take after the run's deadline
+
+# Settings of a production `.env` that have no meaning here; so have all of Twilio's.
+NOT_OURS = {"DATABASE_URL", "PUBLIC_URL", "PORT", "OPENAI_WEBHOOK_SECRET", "WORKER_THREADS"}
+
+log = logging.getLogger("hilo")
+
+
+class Stopped(BaseException):
+    """A signal asked to stop."""
+
+
+def ignore_signals() -> None:
+    """Let nothing disturb the clearing up."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def until_stopped() -> Iterator[contextlib.ExitStack]:
+    """Lend a stack for what has to be cleared up; SIGTERM, Ctrl-C or a closed terminal end the block in good order."""
+
+    def stop(*_: Any) -> NoReturn:
+        ignore_signals()
+        raise Stopped
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    with contextlib.suppress(Stopped), contextlib.ExitStack() as stack:
+        yield stack
+        ignore_signals()
+
+
+def say(text: str = "") -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+# --- What chat and demo share -----------------------------------------------------------------------------
+
+
+def named(url: str, name: str) -> str:
+    """Return the URL of another database on the embedded server."""
+    head, _, query = url.partition("?")
+    return f"{head.rsplit('/', 1)[0]}/{name}?{query}"
+
+
+def trial_settings(twilio: Simulator, origin: str, **defaults: str) -> Settings:
+    """Return the settings of the environment with the local Twilio in place of the real one, and no database."""
+    kept = {k: v for k, v in environment().items() if v.strip() and k not in NOT_OURS and not k.startswith("TWILIO_")}
+    for name in set(os.environ) - set(kept):  # nor may an SDK find them
+        if name in NOT_OURS or name.startswith("TWILIO_"):
+            del os.environ[name]
+    ours = {
+        "PUBLIC_URL": origin, "TWILIO_ACCOUNT_SID": twilio.account_sid, "TWILIO_AUTH_TOKEN": twilio.auth_token,
+        "TWILIO_FROM": twilio.number, "TWILIO_API_URL": twilio.url,
+    }  # fmt: skip
+    settings = load_settings({"ASSISTANT_ID": "cursos", **defaults, **kept, **ours})
+    gateway.check_assistant(settings)
+    return settings
+
+
+@contextlib.contextmanager
+def trial_database() -> Iterator[str]:
+    """Lend the URL of a fresh database in the embedded PostgreSQL, with schema and catalogue; it goes in the end."""
+    name = PREFIX + secrets.token_hex(4)
+    with localdb.start(DIRECTORY) as server, connect(named(server.url, "postgres")) as admin:
+        url = named(server.url, name)
+        try:
+            admin.run("SELECT pg_advisory_lock(:lock)", lock=MAKING)
+            remove_remains(admin)
+            copied = create(admin, name)
+            with connect(url) as keeper:  # tells others that it is in use
+                admin.run("SELECT pg_advisory_unlock(:lock)", lock=MAKING)
+                migrate(url)
+                if copied:
+                    forget_users(keeper)
+                load_sample(url)
+                yield url
+        finally:
+            drop(admin, name, "WITH (FORCE)")
+
+
+def connect(url: str) -> pg8000.native.Connection:
+    """Return a new connection of its own, to be used with `with`."""
+    return pg8000.native.Connection(**connection_options(url))
+
+
+def create(admin: pg8000.native.Connection, name: str) -> bool:
+    """Make a database; return whether it is a copy of the local one, which cannot be had while others use that."""
+    for _ in range(10):
+        with contextlib.suppress(pg8000.native.DatabaseError):
+            admin.run(f"CREATE DATABASE {name} TEMPLATE hilo")
+            return True
+        time.sleep(0.1)
+    say(f"(Otro proceso usa la base local de {DIRECTORY}/: aquí va el catálogo de ejemplo.)")
+    admin.run(f"CREATE DATABASE {name} TEMPLATE template0")
+    return False
+
+
+def drop(admin: pg8000.native.Connection, name: str, how: str = "") -> None:
+    """Remove a database; one that is in use stays, unless forced."""
+    with contextlib.suppress(pg8000.native.Error, OSError):
+        admin.run(f"DROP DATABASE IF EXISTS {name} {how}")
+
+
+def remove_remains(admin: pg8000.native.Connection) -> None:
+    """Remove the databases of chats and demos that were killed."""
+    for (name,) in admin.run("SELECT datname FROM pg_database WHERE starts_with(datname, :prefix)", prefix=PREFIX):
+        drop(admin, name)
+
+
+def forget_users(connection: pg8000.native.Connection) -> None:
+    """Empty every table that holds something of a user, in a copy."""
+    connection.run("TRUNCATE users, messages, runs, responses, tool_calls, oa_threads_map, discarded_threads CASCADE")
+
+
+def load_sample(url: str) -> None:
+    """Load the sample catalogue into an empty one."""
+    try:
+        from tools import cursos
+    except Exception:  # removed, or broken: the plugins' reports tell
+        return
+    database = Database(url, 1)
+    cursos.cargar(lambda sql, **values: database.rows(sql, values), Path(cursos.__file__).with_name("cursos.csv"))
+    database.close()
+
+
+# --- chat -------------------------------------------------------------------------------------------------
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Talk to Hilo in the terminal; a line is a message. Ends with the input."""
+    with until_stopped() as stack:
+        say("Hilo: preparo la base de datos local…")
+        twilio = stack.enter_context(Simulator(public_url=ORIGIN, threads=8))
+        settings = trial_settings(twilio, ORIGIN, BURST_SECONDS="0")
+        show_log(settings, options.log)
+        url = stack.enter_context(trial_database())
+        hilo = stack.enter_context(running(settings, url, twilio))
+        say(f"{who_answers(hilo)} Escribe un mensaje y Enter; Ctrl-D o Ctrl-C para terminar.")
+        Conversation(hilo, twilio).hold()
+    return 0
+
+
+def show_log(settings: Settings, wanted: bool) -> None:
+    """Send the log to stderr: all of it where it is wanted, else what is worth a warning."""
+    start_log(settings, sys.stderr)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    if not wanted:
+        log.setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def running(settings: Settings, url: str, twilio: Simulator) -> Iterator[gateway.Gateway]:
+    """Lend a gateway that runs in this process, on a free port of 127.0.0.1."""
+    hilo = gateway.Gateway(settings, url)
+    server = gateway.Server(hilo, "127.0.0.1", 0)
+    twilio.gateway_url = f"http://127.0.0.1:{server.port}"
+    hilo.start()
+    server.thread.start()
+    try:
+        yield hilo
+    finally:
+        log.setLevel(logging.CRITICAL)  # what still runs is cut off, on purpose
+        server.drain(1)
+        hilo.upkeep.stopping.set()
+        hilo.workers.stop(time.monotonic() + 2)
+        hilo.db.close()
+
+
+def who_answers(hilo: gateway.Gateway) -> str:
+    """Return a sentence that says whether the assistant or the traditional flow answers, and why."""
+    state = hilo.assistant_state()
+    if state["enabled"]:
+        return f"Contesta el asistente {state['id']} ({state['model']})."
+    why = "sin OPENAI_API_KEY" if not hilo.settings.openai_api_key else "el asistente no está disponible"
+    return f"Contesta el flujo tradicional ({why})."
+
+
+class Conversation:
+    """One user at the terminal: lines go in by webhook, answers are printed as Twilio gets them."""
+
+    def __init__(self, hilo: gateway.Gateway, twilio: Simulator):
+        self.hilo, self.twilio = hilo, twilio
+        self.printed = 0
+        self.typed = sys.stdin.isatty()
+
+    def hold(self) -> None:
+        """Read line after line, each once the one before it is answered."""
+        while (line := self.read()) is not None:
+            if line.strip():
+                delivery = self.twilio.receive(USER, line.strip(), profile_name=NAME)
+                if delivery.status == 200:
+                    self.show_answer()
+                else:
+                    say(f"hilo> (el gateway respondió {delivery.status}: {delivery.body})")
+
+    def read(self) -> str | None:
+        """Return the next line, None at the end; one that was not typed here is shown."""
+        if not self.typed:
+            line = sys.stdin.readline()
+            if line.strip():
+                say(f"tú>   {line.strip()}")
+            return line or None
+        with contextlib.suppress(EOFError):
+            return input("tú>   ")
+        say()
+        return None
+
+    def show_answer(self) -> None:
+        """Print what is sent to the user until no run of theirs is open."""
+        end = time.monotonic() + self.hilo.settings.threads_run_timeout + PATIENCE
+        before = self.printed
+        busy = True
+        while busy and time.monotonic() < end:
+            busy = bool(self.hilo.db.rows("SELECT FROM runs WHERE user_phone = :u AND state <> 'done'", {"u": USER}))
+            self.show()
+            time.sleep(0.03 if busy else 0)
+        if self.printed == before:
+            say("hilo> (todavía sin respuesta)" if busy else "hilo> (nada: el mensaje no tiene respuesta)")
+
+    def show(self) -> None:
+        """Print what was sent since the last time."""
+        sent = self.twilio.sent_to(USER)
+        for message in sent[self.printed :]:
+            say("hilo> " + re.sub(r"\n(?=.)", "\n      ", shown(message)))
+        self.printed = len(sent)
+
+
+def shown(message: Message) -> str:
+    """Return a message as a terminal can show it."""
+    template = f"[plantilla {message.content_sid} {message.variables or ''}]" if message.content_sid else ""
+    return "\n".join(filter(None, [message.body, template, *(f"[archivo {media.url}]" for media in message.media)]))
