@@ -60,6 +60,7 @@ queja         (nadie|no) (me )?(responden?|contestan?|atienden?|ayudan?)|(que )?
 queja         quejas?|reclam(o|os|ar)|estafa\w*|horrible|inutil\w*|no (me )?sirve[ns]?|malisim\w+|pesim\w+
 
 facil         (el |la |lo |algo )?mas (facil|sencill[oa]|basic[oa])(es)?|easiest|mais facil
+precio        (es|son) (gratis|gratuit[oa]s?)
 barato        gratis|gratuit[oa]s?|(de )?menor precio|cheap(er|est)?|mais barato
 barato        (el |la |lo |los |las |algo |algun[oa] )?mas (barat|economic)[oa]s?|(algo )?(barat|economic)[oa]s?
 corto         (el |la |algo )?(mas )?(cort[oa]|rapid[oa]|breve)s?|shortest|mais curto
@@ -82,6 +83,7 @@ horario       h?orarios?|(que|q|k) (dias?|horas?)|a que h?ora|turnos?|(los )?(fi
 horario       entre semana|(en|por|de) la (manana|tarde|noche)|timetables?|schedules?|weekends?|what time
 duracion      cuant[oa]s? (\w+ )?(duran?|tiempo|tarda\w*|horas?|semanas?|mes(es)?|clases|sesiones)( (dura|es|son))?
 duracion      (la )?dura(cion|n)?|how long( is it| does it (take|last))?|quanto tempo( dura)?
+comprobante   (el |mi |un )?(comprobante|voucher|recibo de pago)|ya (pague|deposite|transferi|hice el pago)
 pago          (formas?|metodos?|opciones|medios) de (pago|pagamento)|financia(miento|n)|parcel(ar|as|ado)
 pago          (donde |como )?(se |lo |los |te |les )?pag(o|a|as|os|ar|arlo|arles|amos|amento|aria)|pay(ments?)?
 pago          (con |por |en |a )?(tarjetas?|transferencia|deposit[oa]\w*|oxxo|paypal|efectivo|mercado ?pago|plazos
@@ -100,7 +102,7 @@ requisitos    requisit\w*|requer\w+|pre ?requisit\w*|requirements?|conocimientos
 requisitos    (que|algo) (necesito|ocupo|se necesita|se ocupa|piden|hace falta|debo)( (saber|tener|llevar|para))*
 requisitos    (incluye\w* |dan |piden )?(el |los )?material(es)?|que (llevo|hay que llevar)
 requisitos    (necesito|hay que|tengo que|debo) (saber|tener|llevar)( (algo|antes|previamente))*|what do i need
-requisitos    (necesito|piden|se necesita|hace falta|hay que tener|tener) (mucha |alguna )?experiencia( previa)?
+requisitos    (necesito |piden |hace falta |tengo |tener |sin )*(mucha |alguna )?experiencia( previa)?(?! de usuario)
 modalidad     modalidad(es)?|en ?linea|on ?line|(?<!asistente )(?<!realidad )virtual(es)?|presencial(es)?
 modalidad     hibrid[oa]s?|a distancia|por zoom|en vivo|por internet|in person|desde (mi )?casa|grabad[oa]s
 docente       (el |la |que |quien es el |quien es la |los |su |the )?
@@ -110,6 +112,7 @@ temario       (el |que |los |cuales son los )?temas?( (se )?(ven?|vemos|incluye|
 temario       temari\w*|(?<!de )contenidos?|programa|modulos?|syllabus
 temario       que (\w+ )?(\w+ )?(ve|ven|vemos|aprend\w+|ensena|incluye\w*|abarca|trae|cubre)|plan de estudios?
 temario       what (will i|do you|do i|does it) (learn|teach|cover)|o que (se )?aprend\w+
+certificado   valor curricular|rvoe|stps
 certificado   certifica(do|dos|n|te)|certificates?|diploma|constancias?|reconocimiento|avalad[oa]|validez
 factura       factura(s|n|r|me)?|cfdi|invoices?|nota fiscal
 direccion     (donde|onde) (es|son|estan?|quedan?|se (ubican?|encuentran?|dan?)|fica|estao)( \w*ubicad[oa]s)?
@@ -165,13 +168,13 @@ SIGNOS: tuple[tuple[str, str], ...] = (
 
 # Words that carry no subject, besides those that the search leaves aside.
 VACIAS = _cursos_pregunta.VACIAS | frozenset(
-    """mejor trabajo aceptan ahora ahorita alguien am an antes as at aun aunque be bien buen buscaba can carrera casi
-    com cosa cosas could darme deme di dices digo dije dijo does dos edad estaba estar eu faco fazer
-    fijese gente hace haces has he hice hoy id im in it llevar looking luego mais meu minha mira miren
-    momento mucha muchas mucho muchos na nadie nas need nunca on one or pasas pase perdona pf podrias
-    porfis pra preciso pronto quais qual quede quedo querer quieres reciben recien regalan s sea siempre
-    so some t tan tanto tell tendria tenho ter ti todo todos total usted ustedes vamos vcs vdd vez vou
-    where which with your""".split()
+    """aceptan ahora ahorita alguien am an antes as at aun aunque be bien buen buscaba can capacitar carrera
+    casi com cosa cosas could darme deme di dices digo dije dijo does dos edad estaba estar eu faco fazer
+    fijese gente hace haces has he hice hoy id im in it llevar looking luego mais mejor meu minha mira
+    miren momento mucha muchas mucho muchos na nadie nas need nunca on one or pasas pase perdona pf
+    podrias porfis pra preciso pronto quais qual quede quedo querer quieres reciben recien regalan s sea
+    siempre so some t tan tanto tell tendria tenho ter ti todo todos total trabajo usted ustedes vamos vcs
+    vdd verdad vez vou where which with your""".split()
 )
 # Subjects in English and Portuguese, for a catalogue in Spanish.
 EN_ESPAÑOL: Mapping[str, str] = dict(
@@ -192,10 +195,10 @@ PIDE = re.compile(
 )
 NIVELES: Mapping[str, re.Pattern[str]] = {
     "basico": re.compile(
-        r"(basic[oa]?s?|principiantes?|cero|inicial(es)?|beginners?|iniciantes?|introductori[oa]|novat[oa]s?)"
+        r"(b[ae][sc]i[ck]+[oa]s?|basic|prin[cs]ipiantes?|cero|inicial(es)?|beginners?|iniciantes?|introductori[oa]|novat[oa]s?)"
     ),
-    "intermedio": re.compile(r"(intermedi[oa]s?|intermediate|intermediario)"),
-    "avanzado": re.compile(r"(avan[sczx]+ad[oa]s?|advanced|expert[oa]s?|avancad[oa])"),
+    "intermedio": re.compile(r"(inter?me[dr]i?[oa]s?|intermediate|intermediario)"),
+    "avanzado": re.compile(r"(a[bv]an[sczx]+ad[oa]s?|advanced|expert[oa]s?|avancad[oa])"),
 }
 # Positions of a list; "the one about excel" and "um curso" are none.
 _ORDINALES = "primer segund tercer cuart quint sext septim octav noven decim"
@@ -232,7 +235,7 @@ def _expresiones(tabla: str) -> list[tuple[str, re.Pattern[str]]]:
 
 _EXPRESIONES = _expresiones(PATRONES)
 _PALABRA = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_PRIVADO = re.compile(r"\S+@\S+\.\w+|https?://\S+|www\.\S+|\+?\d[\d ().-]{7,}\d")
+_PRIVADO = re.compile(r"\b[\w.+-]{1,64}@[\w-]+\.\S+|https?://\S+|www\.\S+|\+?\d[\d ().-]{7,}\d")
 _CODIGO = re.compile(r"(?<![^\W_])[^\W\d_]{2,6}(?:[-_ ]?\d{3,4}|[-_]?\d{1,2})(?![^\W_])")
 _ENMIENDA = re.compile(
     r"(?:^|[\n,.;!])\s*(?:no,|perd[oó]n\b|digo\b|mejor dicho\b|quise decir\b|me equivoqu[eé]\b|corrijo\b)", re.I

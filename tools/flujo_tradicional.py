@@ -21,8 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tools import Context, Message, cursos, hookimpl
 from tools._flujo_charla import Charla, Curso, SinCatalogo, listados, nombrados, resuelta, tema_anterior
-from tools._flujo_lectura import LISTA, llana
-from tools._textos import IDIOMAS, texto
+from tools._flujo_lectura import LISTA, leer, llana
 
 LARGO = 1_600  # UTF-16 units of one WhatsApp message, as Twilio counts them
 AREAS = 12  # areas that are named when one asks what there is
@@ -111,9 +110,10 @@ def ficha(charla: Charla, curso: Curso, datos: Sequence[str]) -> str:
 
 def lista(charla: Charla, listado: Sequence[Curso], encabezado: str, datos: Sequence[str] = ()) -> str:
     """A numbered list of courses with their price and what was asked about them."""
+    campos = ["modalidad" if nombre == "direccion" else nombre for nombre in datos if nombre != "precio"]
     renglones = [
         "\n".join([f"{n}. {titulo(curso)} · {precio(charla, curso) or charla.t('flujo_por_confirmar')}"]
-                  + [campo(charla, curso, nombre) for nombre in datos if nombre in CAMPOS and nombre != "precio"])
+                  + [campo(charla, curso, nombre) for nombre in campos if nombre in CAMPOS])
         for n, curso in enumerate(listado[:LISTA], 1)
     ]  # fmt: skip
     return parrafos(encabezado, "\n".join(renglones), tramites(charla, None, datos) or charla.t("flujo_elige"))
@@ -157,6 +157,7 @@ def con_asesor(clave: str) -> Callable[[Charla, Curso | None], list[str]]:
 TRAMITES: Mapping[str, Callable[[Charla, Curso | None], list[str]]] = {
     "inscripcion": inscripcion,
     "pago": pago,
+    "comprobante": con_asesor("flujo_comprobante"),
     "descuento": con_asesor("flujo_descuento"),
     "certificado": con_asesor("flujo_certificado"),
     "atencion": con_asesor("flujo_atencion"),
@@ -168,6 +169,9 @@ TRAMITES: Mapping[str, Callable[[Charla, Curso | None], list[str]]] = {
 def pedidos(charla: Charla) -> list[str]:
     """What the turn asks, in the order in which it is answered."""
     return [nombre for nombre in (*CAMPOS, *TRAMITES) if charla.dice(nombre)]
+
+
+SIN_CURSO = TRAMITES.keys() - {"inscripcion"}  # what is answered for any course
 
 
 def tramites(charla: Charla, curso: Curso | None, datos: Sequence[str]) -> str:
@@ -234,11 +238,12 @@ def fuera_de_lista(charla: Charla) -> str | None:
 
 
 def recado(charla: Charla) -> str | None:
-    """To one who leaves a name or a number for an advisor."""
-    invitado = any(texto("flujo_asesor_sin_contacto", idioma) in charla.memoria.ultima for idioma in IDIOMAS)
-    nombre = charla.dice("presentacion") or (charla.lectura.tema and not charla.lectura.explicita)
-    deja = charla.dice("privado") or (invitado and nombre)
-    return charla.t("flujo_recado") if deja and not pedidos(charla) else None
+    """To one who leaves a number, or a name after asking for a person."""
+    if pedidos(charla) or charla.lectura.explicita:
+        return None
+    pidio = charla.lineas and leer(charla.lineas[-1]).dice & {"asesor", "queja"}
+    nombre = charla.lectura.tema or charla.dice("presentacion")
+    return charla.t("flujo_recado") if charla.dice("privado") or (pidio and nombre) else None
 
 
 def desconocido(charla: Charla) -> str | None:
@@ -246,7 +251,7 @@ def desconocido(charla: Charla) -> str | None:
     tema = charla.lectura.tema
     en_curso = bool(charla.memoria.lista or charla.memoria.foco)
     de_paso = pedidos(charla) or charla.dice(*CHARLAS) or len(tema) > 2
-    if not tema or (de_paso and not charla.lectura.explicita):
+    if not tema or charla.dice(*SIN_CURSO) or (de_paso and not charla.lectura.explicita):
         return None
     if en_curso and not charla.lectura.explicita:
         return charla.t("flujo_no_aparece", tema=" ".join(tema))
