@@ -355,6 +355,13 @@ class Journey:
         self.assistants, self.bad_assistants = load_assistants()
         self.events = Events(plugins)
 
+    def close(self) -> None:
+        """Let what waits be done, and close the connections to the outside."""
+        self.events.stop()
+        self.whatsapp.close()
+        if "client" in vars(self.threads):
+            self.threads.client.close()
+
     def advance(self, run: Run) -> None:
         """Take a run as far as it goes without waiting; LeaseLost means that another worker has it."""
         step("claimed", run)
@@ -932,7 +939,7 @@ class Gateway:
         until = time.monotonic() + DRAIN - 2
         self.upkeep.stopping.set()
         self.workers.stop(until)
-        self.journey.events.stop()
+        self.journey.close()
         self.db.close()
 
     def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:

@@ -128,6 +128,11 @@ class WhatsApp:
             http_client=make_transport(self.settings.twilio_api_url),
         )  # fmt: skip
 
+    def close(self) -> None:
+        """Close the connections that are kept alive."""
+        if "client" in vars(self):
+            self.client.http_client.session.close()
+
     def send(self, part: Mapping[str, Any], to: str, own_number: str | None) -> str:
         """Send one part and return its sid; raises NotSent, Refused or InDoubt."""
         import requests
