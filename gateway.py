@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import json
 import logging
-import queue
 import re
 import signal
 import sys
@@ -36,7 +35,7 @@ from database import Database, DatabaseDown, DatabaseFault, migrate
 from runs import GRACE, Alarm, LeaseLost, Run, Runs, Workers
 from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
 from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, parts_of
-from tools._plugins import UNKNOWN_OUTCOME, Plugins, ToolCall, problem
+from tools._plugins import UNKNOWN_OUTCOME, Events, Plugins, ToolCall, problem
 from tools._textos import idioma_de, texto
 from upkeep import Upkeep
 from whatsapp import (
@@ -852,42 +851,6 @@ def sized(parts: list[Part]) -> list[Part]:
         last = Part(pieces[-1] if pieces else "", part.media_url, part.content_sid, part.variables, part.to)
         whole += [*head, last]
     return whole
-
-
-class Events:
-    """Hands events to the track_event plugins, and runs errands, in a thread of its own: no turn waits for them."""
-
-    BUSY = 20  # errands waiting at which a further one is left out
-
-    def __init__(self, plugins: Plugins):
-        self.plugins = plugins
-        self.waiting: queue.Queue[Callable[[], Any] | None] = queue.Queue(10_000)
-        self.thread = threading.Thread(target=self.work, name="events", daemon=True)
-
-    def put(self, event: Event) -> None:
-        """Queue an event; where nobody listens, or too many wait, it is dropped."""
-        if self.plugins.implementations("track_event"):
-            with contextlib.suppress(queue.Full):
-                self.waiting.put_nowait(partial(self.plugins.each, "track_event", event=event))
-
-    def errand(self, job: Callable[[], Any]) -> None:
-        """Queue something that may as well be left undone."""
-        if self.waiting.qsize() < self.BUSY:
-            self.waiting.put_nowait(job)
-
-    def work(self) -> None:
-        """Do one thing after the other, until there is None."""
-        while (job := self.waiting.get()) is not None:
-            try:
-                job()
-            except Exception as error:
-                log.debug("errand failed: %s", type(error).__name__)
-
-    def stop(self, seconds: float = 2.0) -> None:
-        """Let what waits be done, within so many seconds."""
-        with contextlib.suppress(queue.Full):
-            self.waiting.put_nowait(None)
-        self.thread.join(seconds)
 
 
 # --- Web: what Twilio, OpenAI and operators call ----------------------------------------------------------

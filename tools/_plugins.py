@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +20,7 @@ import pluggy
 import pydantic_core
 
 import tools
-from tools import Context, PluginError, Tool, ToolError
+from tools import Context, Event, PluginError, Tool, ToolError
 
 HERE = Path(__file__).parent
 SLOTS = threading.BoundedSemaphore(16)  # tool calls that run at one time
@@ -138,6 +140,42 @@ class Plugins:
             "⚠️ %s in %s failed (%s): %s: %s", hook, implementation.plugin_name, where, type(error).__name__, error
         )
         log.debug("traceback", exc_info=error)
+
+
+class Events:
+    """Hands events to the track_event plugins, and runs errands, in a thread of its own: no turn waits for them."""
+
+    BUSY = 20  # errands waiting at which a further one is left out
+
+    def __init__(self, plugins: Plugins):
+        self.plugins = plugins
+        self.waiting: queue.Queue[Callable[[], Any] | None] = queue.Queue(10_000)
+        self.thread = threading.Thread(target=self.work, name="events", daemon=True)
+
+    def put(self, event: Event) -> None:
+        """Queue an event; where nobody listens, or too many wait, it is dropped."""
+        if self.plugins.implementations("track_event"):
+            with contextlib.suppress(queue.Full):
+                self.waiting.put_nowait(partial(self.plugins.each, "track_event", event=event))
+
+    def errand(self, job: Callable[[], Any]) -> None:
+        """Queue something that may as well be left undone."""
+        if self.waiting.qsize() < self.BUSY:
+            self.waiting.put_nowait(job)
+
+    def work(self) -> None:
+        """Do one thing after the other, until there is None."""
+        while (job := self.waiting.get()) is not None:
+            try:
+                job()
+            except Exception as error:
+                log.debug("errand failed: %s", type(error).__name__)
+
+    def stop(self, seconds: float = 2.0) -> None:
+        """Let what waits be done, within so many seconds."""
+        with contextlib.suppress(queue.Full):
+            self.waiting.put_nowait(None)
+        self.thread.join(seconds)
 
 
 def problem(text: str) -> str:
