@@ -313,7 +313,8 @@ class ThreadsAdapter:
 
         count = 0
         with contextlib.suppress(openai.NotFoundError, openai.BadRequestError):
-            for item in list(self.client.conversations.items.list(thread_id, limit=100)):  # read whole before the first goes
+            items = list(self.client.conversations.items.list(thread_id, limit=100))  # whole, before the first one goes
+            for item in items:
                 with contextlib.suppress(openai.NotFoundError):
                     self.client.conversations.items.delete(item.id or "", conversation_id=thread_id)
                     count += 1

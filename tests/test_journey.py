@@ -17,7 +17,6 @@ from tests.local_openai import (
     LocalOpenAI,
     calls,
     course_assistant,
-    echo,
     fails,
     never,
     refuses,
@@ -233,7 +232,9 @@ def test_two_users_do_not_wait_for_each_other(woken: Hilo, twilio: Simulator, op
 # --- Who wakes a run --------------------------------------------------------------------------------------
 
 
-def test_webhook_wakes_the_run_and_one_look_suffices(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_webhook_wakes_the_run_and_one_look_suffices(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.think_seconds = 0.3
     began = time.monotonic()
     twilio.receive(ANA, "hola")
@@ -331,7 +332,9 @@ def test_slow_model_is_cancelled_at_the_deadline_and_the_fallback_answers(
     assert hurried.rows("SELECT * FROM oa_threads_map") == []
 
 
-def test_answer_that_comes_with_the_cancel_is_used(hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_answer_that_comes_with_the_cancel_is_used(
+    hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.model = says("Justo a tiempo.", seconds=60)
     openai_server.cancel_completes = True
     twilio.receive(ANA, "hola")
@@ -339,7 +342,9 @@ def test_answer_that_comes_with_the_cancel_is_used(hurried: Hilo, twilio: Simula
     assert hurried.done()[0]["outcome"] == "answered"
 
 
-def test_calls_that_come_with_the_cancel_are_not_made(hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_calls_that_come_with_the_cancel_are_not_made(
+    hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     hurried.tool(hora)
     openai_server.model = calls(("hora", {}), seconds=60)
     openai_server.cancel_completes = True
@@ -391,7 +396,9 @@ def test_refusal_is_sent_as_the_answer(woken: Hilo, twilio: Simulator, openai_se
     assert woken.done()[0]["outcome"] == "answered" and woken.rows("SELECT * FROM oa_threads_map")
 
 
-def test_failed_response_is_tried_on_a_new_conversation(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_failed_response_is_tried_on_a_new_conversation(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.model = script([fails(), says("Ahora sí.")], shared=True)
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1)[0].body == "Ahora sí."
@@ -399,7 +406,9 @@ def test_failed_response_is_tried_on_a_new_conversation(woken: Hilo, twilio: Sim
     assert [user_texts(body) for body in creates(openai_server)] == [["hola"], ["hola"]]
 
 
-def test_response_that_fails_again_and_again_falls_back(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_response_that_fails_again_and_again_falls_back(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.model = fails()
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1)[0].body == "[error]"
@@ -408,7 +417,9 @@ def test_response_that_fails_again_and_again_falls_back(woken: Hilo, twilio: Sim
     assert (run["outcome"], run["reason"]) == ("fallback", "error")
 
 
-def test_failure_that_would_come_again_falls_back_at_once(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_failure_that_would_come_again_falls_back_at_once(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.model = fails("invalid_prompt")
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1)[0].body == "[error]"
@@ -445,7 +456,9 @@ def test_server_that_ignores_background_is_used_all_the_same(
 # --- OpenAI says no ---------------------------------------------------------------------------------------
 
 
-def test_busy_openai_is_asked_again_after_its_retry_after(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_busy_openai_is_asked_again_after_its_retry_after(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.faults.append(Fault("POST /v1/responses$", status=429, headers={"retry-after": "1"}))
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1)[0].body == "Eco: hola"
@@ -453,7 +466,9 @@ def test_busy_openai_is_asked_again_after_its_retry_after(woken: Hilo, twilio: S
     assert taken.at - refused.at >= 1 and refused.body["conversation"] == taken.body["conversation"]
 
 
-def test_busy_openai_past_the_deadline_is_not_waited_for(hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_busy_openai_past_the_deadline_is_not_waited_for(
+    hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     openai_server.faults.append(Fault("POST /v1/responses$", status=429, headers={"retry-after": "30"}))
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1, timeout=4)[0].body == "[openai_down]"

@@ -71,7 +71,14 @@ def delete(hilo: Hilo, server: LocalOpenAI, conversation: Any) -> None:
 
 
 def poison(hilo: Hilo, server: LocalOpenAI, conversation: Any) -> None:
-    call = {"id": "fc_x", "type": "function_call", "call_id": "call_x", "name": "x", "arguments": "{}", "status": "completed"}
+    call = {
+        "id": "fc_x",
+        "type": "function_call",
+        "call_id": "call_x",
+        "name": "x",
+        "arguments": "{}",
+        "status": "completed",
+    }
     conversation.items.append(call)
 
 
@@ -81,7 +88,9 @@ def lock_for_good(hilo: Hilo, server: LocalOpenAI, conversation: Any) -> None:
 
 def overflow(hilo: Hilo, server: LocalOpenAI, conversation: Any) -> None:
     text = {"type": "input_text", "text": "palabra " * 40_000}
-    conversation.items.append({"id": "msg_x", "type": "message", "role": "user", "content": [text], "status": "completed"})
+    conversation.items.append(
+        {"id": "msg_x", "type": "message", "role": "user", "content": [text], "status": "completed"}
+    )
     server.context_limit = 50_000
 
 
@@ -180,7 +189,9 @@ def test_discarded_conversation_that_openai_keeps_for_now_is_tried_again_later(
     openai_server.faults.append(Fault("DELETE /v1/conversations/", status=500))
     hilo.rows("SELECT forget_thread(:u)", u=ANA)
     hilo.gateway.upkeep.delete_discarded()
-    assert hilo.rows("SELECT attempts, due_at > now() AS later FROM discarded_threads") == [{"attempts": 1, "later": True}]
+    assert hilo.rows("SELECT attempts, due_at > now() AS later FROM discarded_threads") == [
+        {"attempts": 1, "later": True}
+    ]
     hilo.rows("UPDATE discarded_threads SET due_at = now()")
     hilo.gateway.upkeep.delete_discarded()
     assert openai_server.leftover_items == {} and hilo.rows("SELECT * FROM discarded_threads") == []
@@ -269,7 +280,9 @@ def test_lost_create_after_a_tool_round_is_made_again_without_the_tool(
     twilio.receive(ANA, "inscríbeme")
     assert twilio.wait_for(ANA, 2)[1].body == "Listo."
     assert times == [1]
-    outputs = [item["output"] for item in creates(openai_server)[-1]["input"] if item.get("type") == "function_call_output"]
+    outputs = [
+        item["output"] for item in creates(openai_server)[-1]["input"] if item.get("type") == "function_call_output"
+    ]
     assert outputs == [""]
 
 
