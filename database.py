@@ -133,6 +133,10 @@ class Database:
             discard(connection)
             connection = None
             raise DatabaseDown(f"SQLSTATE {fields.get('C')}") from None
+        except BaseException:  # broken off at some point of the protocol: nobody can tell what it would answer next
+            discard(connection)
+            connection = None
+            raise
         finally:
             if self.closed:
                 discard(connection)

@@ -32,14 +32,14 @@ import waitress
 from twilio.request_validator import RequestValidator, get_signature_algorithm
 
 from database import Database, DatabaseDown, DatabaseFault, migrate
-from runs import GRACE, Alarm, LeaseLost, Run, Runs, Workers
+from pace import Breaker, Pacer
+from runs import Alarm, LeaseLost, Run, Runs, Workers
 from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
 from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, parts_of
 from tools._plugins import UNKNOWN_OUTCOME, Events, Plugins, ToolCall, problem
 from tools._textos import idioma_de, texto
 from upkeep import Upkeep
 from whatsapp import (
-    CALL_TIMEOUT,
     InDoubt,
     NotSent,
     Refused,
@@ -56,13 +56,12 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 VERSION = "1.0.0"
-CREATE_TIMEOUT = 30.0  # seconds; less where the deadline is nearer
+CREATE_TIMEOUT = 30.0  # seconds; less where the deadline is nearer, and never longer than the process lives
 TOOL_ROUNDS = 8  # responses of one run that may end in tool calls
 TOOL_OUTPUT = 40_000  # characters of a tool's output that the model gets
 TRIES = 3  # responses of one run that may come to nothing before the fallback answers
 CRASHES = 3  # claims in a row that found the lease run out before plugins are left aside
 SEED_MESSAGES = 20  # lines of the transcript that a new conversation is told; OpenAI takes no more per create
-POLLS_PER_SECOND = 100.0
 BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
 SEND_FOR = 24 * 3600.0  # seconds a reply is tried for; WhatsApp's window is shut afterwards
 DRAIN = 25.0  # seconds that SIGTERM leaves to the steps in hand
@@ -95,11 +94,10 @@ def store_inbound(
     if missing:
         raise BadRequest(400, f"the form lacks {', '.join(missing)}")
     sender, text = form["From"], form.get("Body", "")
-    handle = sender.removeprefix("whatsapp:")
     return db.one(
         "receive",
         sid=form["MessageSid"], sender=sender, own=form["To"], profile=form.get("ProfileName", "")[:200], body=text,
-        external=form.get("ExternalUserId") or (None if handle.startswith("+") else handle),
+        external=form.get("ExternalUserId") or None, language=idioma_de(text, "") or None,
         raw=json.dumps(form), opt=opt_word(text), burst=burst_of(text, form, burst), at=at and at.isoformat(),
     )  # fmt: skip
 
@@ -119,59 +117,6 @@ def burst_of(text: str, form: Mapping[str, str], burst: float) -> float:
 
 
 # --- Threads and responses: the OpenAI side ---------------------------------------------------------------
-
-
-class Breaker:
-    """After `limit` failures in a row OpenAI is left alone, but for one probe every `pause` seconds."""
-
-    def __init__(self, limit: int = 5, pause: float = 15.0):
-        self.limit, self.pause = limit, pause
-        self.failures, self.next_probe = 0, 0.0
-        self.lock = threading.Lock()
-
-    def allows(self) -> bool:
-        """Tell whether a new turn may go to the model; while open, the one that is allowed is the probe."""
-        with self.lock:
-            if self.failures < self.limit:
-                return True
-            if time.monotonic() < self.next_probe:
-                return False
-            self.next_probe = time.monotonic() + self.pause
-            return True
-
-    def failed(self) -> None:
-        """Count a failure of OpenAI itself."""
-        with self.lock:
-            self.failures += 1
-            if self.failures == self.limit:
-                self.next_probe = time.monotonic() + self.pause
-                log.error("⚠️ OpenAI failed %d times in a row: the traditional flow answers", self.failures)
-
-    def succeeded(self) -> None:
-        """Take note that OpenAI answered."""
-        if self.failures:
-            with self.lock:
-                if self.failures >= self.limit:
-                    log.info("✅ OpenAI is back")
-                self.failures = 0
-
-
-class Pacer:
-    """Hands out moments for polls: each run no faster than its own interval, all together within the budget."""
-
-    def __init__(self, per_second: float = POLLS_PER_SECOND):
-        self.gap = 1 / per_second
-        self.next = 0.0
-        self.lock = threading.Lock()
-
-    def delay(self, least: float) -> float:
-        """Return in how many seconds to poll, at least `least`."""
-        with self.lock:
-            now = time.monotonic()
-            slot = max(self.next, now + least)
-            if slot == self.next or least < 1:
-                self.next = max(self.next, now) + self.gap
-            return slot - now
 
 
 class Trouble(enum.Enum):
@@ -221,7 +166,7 @@ class ThreadsAdapter:
         key = self.settings.openai_api_key
         return openai.OpenAI(
             api_key=key.get_secret_value() if key else "", base_url=self.settings.openai_base_url, max_retries=0,
-            timeout=CALL_TIMEOUT,
+            timeout=self.settings.call_timeout,
         )  # fmt: skip
 
     @cached_property
@@ -354,6 +299,17 @@ class Journey:
         self.whatsapp = WhatsApp(settings)
         self.assistants, self.bad_assistants = load_assistants()
         self.events = Events(plugins)
+        # Seconds during which a call that somebody still holds may bring a part to Twilio.
+        self.doubtful = settings.call_timeout + settings.grace
+
+    def warm(self) -> None:
+        """Pay for imports and first calls before a run is claimed: they may take longer than a short lease."""
+        with contextlib.suppress(Exception):
+            if self.settings.openai_api_key or self.settings.openai_webhook_secret:
+                self.threads.warm()
+        with contextlib.suppress(Exception):
+            if self.whatsapp.configured:
+                _ = self.whatsapp.client.messages
 
     def close(self) -> None:
         """Let what waits be done, and close the connections to the outside."""
@@ -385,7 +341,7 @@ class Journey:
         if run.crashes >= CRASHES:
             return self.fall_back(run, "error")
         self.intercept(run)
-        open_rows = [row for row in run.turn if row["reply"] is None]
+        open_rows = [row for row in run.turn if row["reply"] is None and row["id"] > row["seed_after"]]
         if not open_rows or run.mode != "bot":
             return self.runs.write(run, self.replies(run), "intercepted")
         reason = self.why_not(run)
@@ -433,13 +389,16 @@ class Journey:
             if parts is not None:
                 row["reply"] = pydantic_core.to_jsonable_python(parts)
                 self.db.one("save_reply", id=row["id"], reply=json.dumps(row["reply"]))
-                run.mode = (self.db.one("mode", u=run.user_phone) or {"mode": run.mode})["mode"]
+            if parts is not None or run.mode != "bot":  # a plugin may have changed where the user stands
+                now = self.db.one("standing", u=run.user_phone) or {"mode": run.mode}
+                run.mode = now.pop("mode")
+                run.turn[:] = [line | now for line in run.turn]
 
     def opt(self, run: Run, row: Mapping[str, Any]) -> list[Part]:
         """Confirm that a user leaves or returns: the mode itself was set when the message was received."""
         self.db.one("own_mode", run=run.id, u=run.user_phone)
         self.tell("opted_" + row["opt"], run)
-        return [Part(text=texto("baja" if row["opt"] == "out" else "alta", idioma_de(row["body"])))]
+        return [Part(text=texto("baja" if row["opt"] == "out" else "alta", run.language or "es"))]
 
     def replies(self, run: Run) -> list[Part]:
         """Return what plugins answered to the messages of this turn, in order."""
@@ -459,7 +418,7 @@ class Journey:
     def read(self, run: Run, message: Message) -> str | list[dict[str, Any]]:
         """Return what the model reads for a message, from the first plugin that knows its kind."""
         if message.media:
-            self.runs.renew(run, 3 * CALL_TIMEOUT)
+            self.runs.renew(run, 3 * self.settings.call_timeout)
         context = self.context(run)
         found = self.plugins.first("message_to_input", model_input, message=message, context=context)
         return plain_input(message) if found is None else found
@@ -473,17 +432,18 @@ class Journey:
         try:
             content = items()
             if run.state == "queued":
+                self.runs.renew_if_short(run)
                 run.thread_id = self.threads.get_or_create_thread_id(run)
                 step("thread", run)
             seconds = min(CREATE_TIMEOUT, max(1.0, run.seconds_left))
-            self.runs.renew(run, seconds, "begin_create", thread=run.thread_id, assistant=assistant.name)
+            lease = min(seconds, self.settings.call_timeout)  # lengthened by Workers.keep while this process lives
+            self.runs.renew(run, lease, "begin_create", thread=run.thread_id, assistant=assistant.name)
             run.creating = True
             run.check_lease()
             response = self.threads.start_run(run, assistant, content, seconds)
         except openai.APIError as error:
             return self.mend(run, error)
         step("created", run)
-        self.threads.breaker.succeeded()
         self.save_response(run, assistant, response, round_)
 
     def save_response(self, run: Run, assistant: Assistant, response: Response, round_: int) -> None:
@@ -491,10 +451,10 @@ class Journey:
         ended = response.status not in ("queued", "in_progress")
         net = self.poll_delay(0)
         try:
-            row = self.runs.fenced(
-                run, "save_response", resp=response.id, model=assistant.model, round=round_, held=ended, net=net,
-                assistant=assistant.name, u=run.user_phone, thread=run.thread_id,
-            )  # fmt: skip
+            row = self.runs.insist(run, lambda: self.runs.fenced(
+                run, "save_response", resp=response.id, model=assistant.model, rounds=run.rounds + round_, held=ended,
+                net=net, assistant=assistant.name, u=run.user_phone, thread=run.thread_id,
+            ))  # fmt: skip
         except (LeaseLost, DatabaseDown, DatabaseFault):  # nobody will look at it
             self.threads.cancel(response.id)
             raise
@@ -538,8 +498,8 @@ class Journey:
         if run.crashes >= CRASHES:
             return self.fall_back(run, "error")
         try:
+            self.runs.renew_if_short(run)
             response = self.threads.poll_run(run)
-            self.threads.breaker.succeeded()
         except openai.NotFoundError:
             return self.runs.rotate(run, f"response {run.response_id} is not there")
         except openai.APIError as error:
@@ -557,11 +517,14 @@ class Journey:
                 return self.runs.put_down(run, self.poll_delay(time.time() - response.created_at))
             late = self.threads.cancel(response.id)  # look before giving up: it may have just come
             if late is None or late.status != "completed":
+                self.threads.breaker.failed()
                 return self.fall_back(run, "timeout")
             response = late
         usage = response.usage
         tokens = {"i": usage.input_tokens if usage else None, "o": usage.output_tokens if usage else None}
         run.ended = {"resp": response.id, "status": response.status, **tokens}
+        if response.status == "completed":
+            self.threads.breaker.succeeded()
         calls = [item for item in response.output if item.type == "function_call"]
         text = fetch_last_assistant_message(response)
         if response.status == "completed" and calls:
@@ -576,7 +539,7 @@ class Journey:
         passing = code in ("server_error", "rate_limit_exceeded")
         if passing:
             self.threads.breaker.failed()
-        if run.tries + 1 < TRIES and run.seconds_left > 3 and (passing or code == "completed"):
+        if run.tries + 1 < TRIES and run.seconds_left > 3 and (passing or code in ("completed", "cancelled")):
             self.db.one("note_response", **run.ended)
             self.runs.rotate(run, f"the response ended as {code}")
             return self.runs.put_down(run, 0.5)
@@ -628,7 +591,8 @@ class Journey:
 
     def save_output(self, run: Run, call: ResponseFunctionToolCall, output: str, ok: bool, milliseconds: int) -> bool:
         """Record a call's output; False where it has one already, which stays. A fact, so it needs no fence."""
-        if not self.db.one("save_output", id=call.call_id, output=output[:TOOL_OUTPUT], ok=ok, ms=milliseconds):
+        facts = {"id": call.call_id, "output": output[:TOOL_OUTPUT], "ok": ok, "ms": milliseconds}
+        if not self.runs.insist(run, partial(self.db.one, "save_output", **facts)):
             return False
         if ok:
             run.log.info("🔧 Tool ejecutado: %s (%d ms)", call.name, milliseconds)
@@ -644,7 +608,7 @@ class Journey:
             if row["output"] is None and not (tool and tool.side_effects):
                 continue
             items.append({"type": "function_call", **{key: row[key] for key in ("call_id", "name", "arguments")}})
-            output = row["output"] or UNKNOWN_OUTCOME
+            output = UNKNOWN_OUTCOME if row["output"] is None else row["output"]
             items.append({"type": "function_call_output", "call_id": row["call_id"], "output": output})
         return items
 
@@ -668,7 +632,7 @@ class Journey:
             arguments = {"message": message, "reason": reason, "context": self.context(run)}
             parts = self.plugins.first("fallback_reply", parts_of, **arguments)
         if parts is None:
-            parts = [Part(text=texto("disculpa", idioma_de(message.text)))]
+            parts = [Part(text=texto("disculpa", run.language or "es"))]
         run.log.info("⚠️ Flujo tradicional: %s", reason)
         self.runs.write(run, [*self.replies(run), *sized(parts)], "fallback", reason, leave=True)
         step("written", run)
@@ -701,14 +665,17 @@ class Journey:
 
     def next_part(self, run: Run) -> dict[str, Any] | None:
         """Return the next part, now in state `sending`; None where all have been dealt with."""
-        row = self.runs.renew(run, CALL_TIMEOUT, "next_part")
+        row = self.runs.renew(run, self.settings.call_timeout, "next_part")
         return row if row["id"] else None
 
     def send(self, run: Run, part: Mapping[str, Any]) -> bool:
         """Hand one part to Twilio; False where there is no more to send, or the run was put down to try again."""
+        step("sending", run)
         run.check_lease()
         try:
-            sid = self.whatsapp.send(part, part["address"], run.own_number)
+            if part["late"] and not part["content_sid"]:
+                raise Refused(WhatsApp.WINDOW_SHUT, "the user last wrote more than 24 hours ago")
+            sid = self.whatsapp.send(part, part["address"], part["own_number"] or run.own_number)
         except Refused as refusal:
             self.refused(run, part, refusal)
             return True
@@ -717,10 +684,10 @@ class Journey:
             return False
         except InDoubt as doubt:
             run.log.warning("⚠️ Part in doubt: %s", doubt)
-            self.runs.put_down(run, CALL_TIMEOUT + GRACE)
+            self.runs.put_down(run, self.doubtful)
             return False
         step("accepted", run)
-        more = self.sent(part["id"], sid)
+        more = self.runs.insist(run, partial(self.sent, part["id"], sid))
         step("sent", run)
         return more
 
@@ -745,16 +712,22 @@ class Journey:
             self.send_part(self.context(run), Part(content_sid=template, to=part["user_phone"]))
         self.tell("message_failed", run, code=refusal.code)
 
+    def send_template(self, user: str) -> None:
+        """Send a template, as a run of its own, to a user whom a reply came too late for."""
+        template = self.settings.twilio_template_sid
+        if template and self.db.one("template_run", u=user, template=template):
+            self.runs.wake_in(0)
+
     def settle_doubt(self, run: Run) -> bool:
         """Find out what became of a part that a broken call or a crash left in `sending`; False to wait."""
         part = self.db.one("in_doubt", id=run.id)
         if part is None:
             return True
-        wait = CALL_TIMEOUT + GRACE - part["age"]  # until then a call that somebody still holds may reach Twilio
+        wait = self.doubtful - part["age"]
         if wait > 0:
             self.runs.put_down(run, wait)
             return False
-        self.runs.renew(run, CALL_TIMEOUT)
+        self.runs.renew(run, self.settings.call_timeout)
         try:
             sid = self.whatsapp.find(part, part["address"], self.known_sids)
         except NotSent as delay:
@@ -782,6 +755,8 @@ class Journey:
             run.log.info("📤 Respuesta enviada (%d parte%s, %s s desde el mensaje)", row["sent"], plural, seconds)
         run.log.info("%s %s", "⚠️" if row["outcome"] == "undelivered" else "✅", row["outcome"])
         step("done", run)
+        if row["shut"]:
+            self.send_template(row["shut"])
         self.tell("run_finished", run, outcome=row["outcome"], seconds=row["seconds"])
 
     # what plugins are given
@@ -790,7 +765,7 @@ class Journey:
         """Return what a hook or a tool may use during this turn."""
         turn = tuple(message_of(row) for row in run.turn)
         return Context(
-            run.id, run.user_phone, run.profile_name, run.assistant, self.settings, run.log, turn, services=self
+            run.id, run.user_phone, run.profile_name, run.assistant, self.settings, run.log, turn, self, run.language or "es"
         )
 
     def query(self, sql: str, params: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -895,20 +870,22 @@ class Gateway:
         self.journey.events.thread.start()
         self.workers.start(self.journey)
         self.upkeep.thread.start()
-        if self.settings.openai_api_key or self.settings.openai_webhook_secret:
-            threading.Thread(target=self.journey.threads.warm, daemon=True).start()
+        if not self.settings.worker_threads:  # workers begin with it
+            threading.Thread(target=self.journey.warm, daemon=True).start()
 
-    def stop(self) -> None:
-        """Finish the steps in hand, within DRAIN seconds; what is left is a row."""
-        until = time.monotonic() + DRAIN - 2
+    def stop(self, until: float | None = None) -> None:
+        """Finish the steps in hand, by `until` (monotonic; default: in DRAIN seconds); what is left is a row."""
+        until = time.monotonic() + DRAIN if until is None else until
         self.upkeep.stopping.set()
-        self.workers.stop(until)
+        self.workers.stop(until - 4)  # what follows takes its seconds too
         self.journey.close()
         self.db.close()
 
     def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:
         """Store an inbound message and wake its run; False where it was known."""
         run = store_inbound(self.db, form, self.settings.burst_seconds, at)
+        if run:
+            log.debug("%s · stored", mask(form["From"]))
         if run and not run["held"]:
             self.workers.woken(max(0.0, run["seconds"]))
         return run is not None
@@ -996,10 +973,8 @@ class Gateway:
         run_id, user, code = row["run_id"], row["user_phone"], row["error_code"]
         log.warning("⚠️ run=%s %s part %s: %s", run_id, mask(user), row["state"], code)
         self.journey.events.put(Event("message_failed", datetime.now(UTC), run_id, user, {"code": code}))
-        template = self.settings.twilio_template_sid
-        if code == WhatsApp.WINDOW_SHUT and template and row["done"] and not row["content_sid"]:
-            if self.db.one("template_run", u=user, template=template):
-                self.workers.woken(0)
+        if code == WhatsApp.WINDOW_SHUT and row["done"] and not row["content_sid"]:
+            self.journey.send_template(user)
 
     def openai_webhook(self) -> Any:
         """Wake the run of a response that ended; the event says no more than its id."""
@@ -1126,10 +1101,11 @@ def serve(settings: Settings, web: bool = True) -> int:
             server.thread.start()
         log.info("✅ Hilo %s %s", VERSION, f"listens on port {server.port}" if server else "works")
         stop.wait()
+        until = time.monotonic() + DRAIN
         log.info("stopping: the steps in hand are finished first")
         if server:
             server.drain()
-        gateway.stop()
+        gateway.stop(until)
     log.info("✅ stopped")
     return 0
 

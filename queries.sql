@@ -6,7 +6,7 @@
 
 -- name: receive
 SELECT * FROM receive_message(:sid, :sender, :own, :external, :profile, :body, :raw::jsonb, :opt, :burst::float8,
-    coalesce(:at::timestamptz, now()))
+    coalesce(:at::timestamptz, now()), :language)
 
 -- name: claim
 WITH c AS MATERIALIZED (
@@ -16,7 +16,7 @@ UPDATE runs r SET held = true, attempt = r.attempt + 1, crashes = CASE WHEN c.he
     due_at = now() + :lease::float8 * interval '1 s'
 FROM c, users u WHERE r.id = c.id AND u.user_phone = r.user_phone
 RETURNING r.id, r.user_phone, r.state, r.attempt, r.wakes, r.crashes, r.assistant, r.thread_id, r.response_id, r.creating,
-    r.rounds, r.tries, u.profile_name, u.own_number, u.mode, extract(epoch FROM r.deadline - now())::float8 AS "left"
+    r.rounds, r.tries, u.profile_name, u.own_number, u.mode, u.language, extract(epoch FROM r.deadline - now())::float8 AS "left"
 
 -- name: next_due
 SELECT extract(epoch FROM min(due_at) - now())::float8 AS seconds FROM runs WHERE state <> 'done'
@@ -35,6 +35,7 @@ u AS (
 SELECT x.id, x.sid, x.user_phone, x.body, x.raw, x.opt, x.input, x.reply, x.at,
     extract(epoch FROM (SELECT deadline FROM u) - now())::float8 AS "left",
     (SELECT thread_id FROM oa_threads_map o WHERE o.user_phone = x.user_phone) AS thread_id,
+    (SELECT seed_after FROM users v WHERE v.user_phone = x.user_phone) AS seed_after,
     (SELECT written_at FROM runs o WHERE o.user_phone = x.user_phone AND o.id < :id AND o.outcome IN ('answered', 'fallback')
         ORDER BY o.id DESC LIMIT 1) AS answered_at
 FROM (SELECT * FROM t UNION ALL SELECT m.* FROM messages m, r WHERE m.run_id = r.id AND m.direction = 'in') x
@@ -50,8 +51,10 @@ UPDATE messages SET reply = :reply::jsonb WHERE id = :id RETURNING id
 -- name: save_input
 UPDATE messages SET input = :input::jsonb WHERE id = :id RETURNING id
 
--- name: mode
-SELECT mode FROM users WHERE user_phone = :u
+-- name: standing
+-- What a plugin may have changed: who answers, and which conversation goes on from where.
+SELECT mode, seed_after, (SELECT thread_id FROM oa_threads_map o WHERE o.user_phone = u.user_phone) AS thread_id
+FROM users u WHERE user_phone = :u
 
 -- name: own_mode
 -- The run that answers an opt-out word still sends its reply.
@@ -63,6 +66,7 @@ WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING id
 
 -- name: save_thread
 INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, :thread FROM runs WHERE id = :id AND attempt = :a
+    FOR NO KEY UPDATE
 ON CONFLICT (user_phone) DO UPDATE SET thread_id = excluded.thread_id, created_at = now(), last_used_at = now()
 RETURNING thread_id
 
@@ -79,13 +83,17 @@ UPDATE runs SET creating = true, thread_id = :thread, assistant = :assistant,
     due_at = now() + :lease::float8 * interval '1 s'
 WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING id
 
+-- name: keep
+UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
+WHERE id = :id AND attempt = :a AND held AND creating RETURNING id
+
 -- name: save_response
 WITH w AS (
     INSERT INTO responses (id, run_id, model) SELECT :resp, id, :model FROM runs WHERE id = :id AND attempt = :a
     ON CONFLICT (id) DO UPDATE SET run_id = excluded.run_id, model = excluded.model RETURNING ended_at),
 t AS (
     UPDATE oa_threads_map SET last_used_at = now(), assistant_id = :assistant WHERE user_phone = :u AND thread_id = :thread)
-UPDATE runs r SET state = 'waiting', response_id = :resp, creating = false, rounds = r.rounds + :round::int,
+UPDATE runs r SET state = 'waiting', response_id = :resp, creating = false, rounds = :rounds::int,
     held = :held, due_at = CASE WHEN :held THEN r.due_at
         WHEN w.ended_at IS NULL THEN least(now() + :net::float8 * interval '1 s', r.deadline) ELSE now() END
 FROM w WHERE r.id = :id AND r.attempt = :a RETURNING extract(epoch FROM r.due_at - now())::float8 AS seconds
@@ -172,6 +180,7 @@ WITH r AS (
     WHERE id = :id AND attempt = :a AND state = 'sending' RETURNING id, user_phone),
 n AS (
     SELECT m.id, m.user_phone, coalesce(u.reply_to, m.user_phone) AS address, coalesce(u.mode, 'bot') AS mode,
+        u.own_number, u.last_in_at < now() - interval '24 hours' AS late,
         coalesce(u.mode, 'bot') = 'bot' OR u.mode_run = r.id OR m.user_phone <> r.user_phone AND u.mode <> 'out' AS allowed,
         (SELECT extract(epoch FROM p.sending_at + interval '2 s' - now())::float8 FROM messages p
             WHERE p.run_id = r.id AND p.direction = 'out' AND p.user_phone = m.user_phone AND p.id < m.id
@@ -181,8 +190,8 @@ n AS (
 s AS (
     UPDATE messages m SET state = CASE WHEN n.allowed THEN 'sending' ELSE 'withheld' END, sending_at = now(),
         sends = m.sends + n.allowed::int, updated_at = now()
-    FROM n WHERE m.id = n.id AND coalesce(n.hold_for, 0) <= 0 RETURNING m.*)
-SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
+    FROM n WHERE m.id = n.id AND m.state = 'queued' AND coalesce(n.hold_for, 0) <= 0 RETURNING m.*)
+SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, n.own_number, n.late, CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
     s.state, s.body, s.media_url, s.content_sid, s.variables, s.sending_at, s.sends
 FROM r LEFT JOIN n ON true LEFT JOIN s ON s.id = n.id
 
@@ -197,7 +206,7 @@ SELECT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = s.run_id AND m.directio
 
 -- name: not_sent
 -- Certainly not sent: it goes again, for a day at most.
-WITH r AS (SELECT id, created_at FROM runs WHERE id = :id AND attempt = :a)
+WITH r AS (SELECT id, created_at FROM runs WHERE id = :id AND attempt = :a FOR NO KEY UPDATE)
 UPDATE messages m SET updated_at = now(),
     state = CASE WHEN r.created_at < now() - :long::float8 * interval '1 s' THEN 'failed' ELSE 'queued' END
 FROM r WHERE m.id = :part AND m.state = 'sending' RETURNING m.state
@@ -237,10 +246,10 @@ FROM m LEFT JOIN w ON true
 
 -- name: template_run
 -- A template in place of a reply that came too late for the 24-hour window. A user with an open run has just written,
--- so the window is open and the reply to that will do.
+-- so the window is open and the reply to that will do; so is an advisor's who never wrote a user.
 WITH r AS (
     INSERT INTO runs (user_phone, state, due_at, outcome, started_at, written_at)
-    VALUES (:u, 'sending', now(), 'answered', now(), now())
+    SELECT user_phone, 'sending', now(), 'answered', now(), now() FROM users WHERE user_phone = :u AND mode <> 'out'
     ON CONFLICT (user_phone) WHERE state <> 'done' DO NOTHING RETURNING id, user_phone)
 INSERT INTO messages (user_phone, direction, run_id, state, content_sid)
 SELECT user_phone, 'out', id, 'queued', :template FROM r RETURNING run_id
@@ -249,21 +258,22 @@ SELECT user_phone, 'out', id, 'queued', :template FROM r RETURNING run_id
 -- What arrived meanwhile becomes the next turn, a burst after the last message.
 WITH p AS (
     SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
+        CASE WHEN NOT bool_or(content_sid IS NOT NULL) THEN min(user_phone) FILTER (WHERE error_code = 63016) END AS shut,
         count(*) FILTER (WHERE state IN ('failed', 'undelivered'))
-            * (NOT coalesce(bool_or(content_sid IS NOT NULL AND state = 'sent'), false))::int AS lost
+            * (NOT coalesce(bool_or(content_sid IS NOT NULL AND state IN ('sent', 'delivered', 'read')), false))::int AS lost
     FROM messages WHERE run_id = :id AND direction = 'out'),
 f AS (
     UPDATE runs SET state = 'done', held = false, finished_at = now(),
         outcome = CASE WHEN p.lost > 0 THEN 'undelivered' ELSE coalesce(outcome, 'intercepted') END,
         reason = CASE WHEN p.lost > 0 THEN p.code ELSE reason END
-    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at, sent),
+    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at, sent, shut),
 i AS (SELECT min(at) AS first_at FROM messages WHERE run_id = :id AND direction = 'in'),
 n AS (
     INSERT INTO runs (user_phone, due_at, pending)
     SELECT user_phone, greatest(now(), (SELECT max(m.at) FROM messages m WHERE m.user_phone = f.user_phone
         AND m.direction = 'in' AND m.run_id IS NULL) + :burst::float8 * interval '1 s'), pending
     FROM f WHERE pending > 0 RETURNING due_at)
-SELECT f.outcome, f.sent, extract(epoch FROM now() - coalesce(i.first_at, f.created_at))::float8 AS seconds,
+SELECT f.outcome, f.sent, f.shut, extract(epoch FROM now() - coalesce(i.first_at, f.created_at))::float8 AS seconds,
     (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM f, i
 
 -- name: open_runs

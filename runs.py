@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import logging
 import queue
@@ -17,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from database import Database, DatabaseDown, DatabaseFault, discard
 from settings import RunLog, Settings, mask
 from tools import Part
-from whatsapp import CALL_TIMEOUT
 
 if TYPE_CHECKING:
     from gateway import Journey
 
-GRACE = 5.0  # seconds a lease outlives the call that it was renewed for
+FAULTS = (DatabaseDown, DatabaseFault)
+INSIST = 0.25  # seconds between attempts to write down what has happened elsewhere
 
 log = logging.getLogger("hilo")
 
@@ -53,8 +54,10 @@ class Run:
     profile_name: str
     own_number: str | None
     mode: str
+    language: str | None
     left: float | None
     lease_until: float
+    call_timeout: float
     turn: list[dict[str, Any]] = field(default_factory=list)
     held: bool = True
     ended: dict[str, Any] = field(default_factory=lambda: {"resp": None, "status": None, "i": None, "o": None})
@@ -72,7 +75,7 @@ class Run:
     @property
     def patience(self) -> float:
         """Seconds that a call which may be repeated can take within the lease and the turn's own time."""
-        return min(CALL_TIMEOUT, max(0.5, self.lease_until - time.monotonic() - 0.5), max(1.0, self.seconds_left))
+        return min(self.call_timeout, max(0.5, self.lease_until - time.monotonic() - 0.5), max(1.0, self.seconds_left))
 
     def check_lease(self) -> None:
         """Raise LeaseLost when the lease ran out by our own clock; called just before a call that has an effect."""
@@ -92,7 +95,7 @@ class Runs:
         """Return up to `n` due runs, now held; the lease begins before the statement does."""
         until = time.monotonic() + self.settings.lease_seconds
         found = self.db.all("claim", n=n, lease=self.settings.lease_seconds)
-        return [Run(**row, lease_until=until) for row in found]
+        return [Run(**row, lease_until=until, call_timeout=self.settings.call_timeout) for row in found]
 
     def fenced(self, run: Run, statement: str, **params: Any) -> dict[str, Any]:
         """Return the row of a statement on `run`; raises LeaseLost where it touched none."""
@@ -103,11 +106,27 @@ class Runs:
 
     def renew(self, run: Run, seconds: float, statement: str = "renew", **params: Any) -> dict[str, Any]:
         """Lengthen the lease to outlive a call of `seconds`, in the same statement as what else it does."""
-        lease = max(seconds + GRACE, self.settings.lease_seconds)
+        lease = max(seconds + self.settings.grace, self.settings.lease_seconds)
         until = time.monotonic() + lease
         row = self.fenced(run, statement, lease=lease, **params)
         run.lease_until = until
         return row
+
+    def renew_if_short(self, run: Run) -> None:
+        """Lengthen a lease that leaves a call less than half its time."""
+        if run.lease_until - time.monotonic() < self.settings.call_timeout / 2:
+            self.renew(run, self.settings.call_timeout)
+
+    def insist(self, run: Run, write: Callable[[], Any]) -> Any:
+        """Return what `write` returns, trying again while the database is away and the lease lasts: what it would
+        write has happened at OpenAI, at Twilio or in a tool, and is known nowhere else."""
+        while True:
+            try:
+                return write()
+            except DatabaseDown:
+                if time.monotonic() + INSIST >= run.lease_until:
+                    raise
+                time.sleep(INSIST)
 
     def take(self, run: Run) -> list[dict[str, Any]]:
         """Return the messages of this turn in order: those waiting, and those taken before a crash."""
@@ -147,30 +166,34 @@ class Runs:
 
 
 class Alarm:
-    """When to look for due runs again: the earliest moment that anybody asked for, five seconds at most."""
+    """When to look for due runs again: at every moment that anybody asked for, and after five seconds of quiet."""
 
     LONGEST = 5.0
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.at = self.net = 0.0
+        self.moments: list[float] = []  # a heap
+        self.net = 0.0
         self.blind = True  # rows may be due of which nobody here knows: another process put them down
 
     def wake_in(self, seconds: float) -> None:
         """Ask for a look in so many seconds."""
         at = time.monotonic() + seconds
         with self.changed:
-            if at < self.at:
-                self.at = at
+            heapq.heappush(self.moments, at)
+            if self.moments[0] == at:
                 self.changed.notify()
 
     def wait(self) -> None:
         """Return when the moment has come."""
         with self.changed:
-            while (left := self.at - time.monotonic()) > 0:
+            while (left := min([self.net, *self.moments[:1]]) - time.monotonic()) > 0:
                 self.changed.wait(left)
-            self.blind |= self.at == self.net
-            self.at = self.net = time.monotonic() + self.LONGEST
+            now = time.monotonic()
+            while self.moments and self.moments[0] <= now:
+                heapq.heappop(self.moments)
+            self.blind |= self.net <= now
+            self.net = now + self.LONGEST
 
 
 class Workers:
@@ -185,15 +208,15 @@ class Workers:
         self.busy: dict[threading.Thread, tuple[float, Run]] = {}
         self.notify = threading.Event()
         self.listening: Any = None
-        self.stopping = False
+        self.started = self.stopping = False
         self.ended = threading.Event()
 
     def start(self, journey: Journey) -> None:
         """Start the threads; without workers only the one that wakes other processes."""
-        self.journey = journey
+        self.journey, self.started = journey, True
         targets: list[Callable[[], None]] = [self.tell_others]
         if self.settings.worker_threads:
-            targets += [self.dispatch, self.listen, *[self.work] * self.settings.worker_threads]
+            targets += [self.dispatch, self.listen, self.keep, *[self.work] * self.settings.worker_threads]
         for target in targets:
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
 
@@ -205,6 +228,7 @@ class Workers:
 
     def dispatch(self) -> None:
         """Claim as many due runs as there are free workers, for ever."""
+        self.journey.warm()
         while not self.stopping:
             self.alarm.wait()
             self.free.acquire()
@@ -220,18 +244,19 @@ class Workers:
         """Return up to `n` due runs; fewer set the alarm for the next one that will be due."""
         if self.stopping:
             return []
+        taken: list[Run] = []
         try:
             taken = self.journey.runs.claim(n)
             if len(taken) < n and self.alarm.blind:
                 self.alarm.blind = False
                 seconds = (self.db.one("next_due") or {})["seconds"]
                 self.alarm.wake_in(Alarm.LONGEST if seconds is None else max(0.0, seconds))
-            return taken
-        except (DatabaseDown, DatabaseFault) as error:
-            log.error("⚠️ no runs can be claimed: %s", error)
-            time.sleep(0.5)
+        except Exception as error:  # whatever it is, the only one that looks for due runs goes on
+            log.error("⚠️ no runs can be claimed: %s", error if isinstance(error, FAULTS) else type(error).__name__)
+            self.alarm.blind = True
             self.alarm.wake_in(0.5)
-            return []
+            self.ended.wait(0.5)
+        return taken
 
     def work(self) -> None:
         """Advance one run after the other; what fails stays a row, and is claimed again when its lease runs out."""
@@ -251,6 +276,15 @@ class Workers:
                 return  # taken to be stuck, and replaced
             self.free.release()
         self.claimed.put(None)  # for the next one
+
+    def keep(self) -> None:
+        """Lengthen the leases of runs whose response is being created: that call alone may last to the deadline."""
+        while not self.ended.wait(self.settings.grace / 4):
+            for _, run in list(self.busy.values()):
+                soon = run.lease_until - time.monotonic() < self.settings.call_timeout
+                if run.creating and soon and run.seconds_left > -self.settings.grace:
+                    with contextlib.suppress(LeaseLost, *FAULTS):
+                        self.journey.runs.renew(run, self.settings.call_timeout, "keep")
 
     def replace_stuck(self) -> None:
         """Start a worker for each that hangs; fencing makes what the old one may still do harmless."""
@@ -293,8 +327,9 @@ class Workers:
         """Take nothing more; return when the steps in hand are done, at `until` (monotonic) at the latest."""
         self.stopping = True
         self.alarm.wake_in(0)
-        while self.busy and time.monotonic() < until:
-            time.sleep(0.02)
+        for _ in range(self.settings.worker_threads if self.started else 0):  # also those that were just given a run
+            self.free.acquire(timeout=max(0.0, until - time.monotonic()))
+        self.free.release()  # lets the dispatcher see that it is over
         self.ended.set()
         self.notify.set()
         self.claimed.put(None)

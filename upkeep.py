@@ -35,6 +35,7 @@ class Upkeep:
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.work, name="upkeep", daemon=True)
         self.next_catch_up = time.monotonic()
+        self.last_outage = time.monotonic()  # what came while no process was there is missing too
 
     def work(self) -> None:
         """Tick until stopped; a failure is logged and tried again."""
@@ -45,31 +46,49 @@ class Upkeep:
 
     def attempt(self, job: Callable[[], None]) -> None:
         """Do one job; the database or Twilio being away is no reason to stop the others."""
+        name = getattr(job, "func", job).__name__
         try:
             job()
-        except (DatabaseDown, DatabaseFault) as error:
-            log.debug("upkeep: %s: %s", job.__name__, error)
+        except DatabaseDown as error:
+            log.debug("upkeep: %s: %s", name, error)
+            self.outage()
+        except DatabaseFault as error:
+            log.debug("upkeep: %s: %s", name, error)
         except Exception as error:
-            log.warning("⚠️ upkeep: %s failed: %s", job.__name__, error)
+            log.warning("⚠️ upkeep: %s failed: %s", name, error)
 
     def outage(self) -> None:
-        """Take note that a webhook's message could not be stored: it is fetched as soon as it has settled."""
-        self.next_catch_up = min(self.next_catch_up, time.monotonic() + SETTLED + TICK)
+        """Take note that messages could not be stored just now: they are fetched as soon as they have settled."""
+        self.last_outage = time.monotonic()
+        self.next_catch_up = min(self.next_catch_up, self.last_outage + SETTLED + TICK)
 
     def catch_up(self) -> None:
         """Store inbound messages that Twilio has and Hilo lacks, each by the door that webhooks use."""
         if not self.gateway.journey.whatsapp.configured or time.monotonic() < self.next_catch_up:
             return
-        self.next_catch_up = time.monotonic() + SETTLED  # where this fails, soon again
+        began = time.monotonic()
+        self.next_catch_up = began + SETTLED  # where this fails, soon again
         row = self.gateway.db.one("get", key="caught_up_to")
         until = datetime.now(UTC) - timedelta(seconds=SETTLED)
         since = datetime.fromisoformat(row["value"]) if row else until
         found = [pair for pair in self.gateway.journey.whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until]
-        stored = sum(self.gateway.receive(form, at) for form, at in sorted(found, key=lambda pair: pair[1]))
+        found.reverse()  # oldest first; Twilio's times are whole seconds, within which its own order stands
+        stored = sum(self.store(form, at) for form, at in sorted(found, key=lambda pair: pair[1]))
         self.gateway.db.one("put", key="caught_up_to", value=until.isoformat())
         if stored:
             log.warning("⚠️ %d messages had not come by webhook: fetched from Twilio's list", stored)
-        self.next_catch_up = time.monotonic() + EVERY
+        settled = self.last_outage + SETTLED + TICK
+        self.next_catch_up = settled if settled > began else began + EVERY
+
+    def store(self, form: dict[str, str], at: datetime) -> bool:
+        """Store one message that was missed; False where it was known. One that cannot be stored is left."""
+        try:
+            return self.gateway.receive(form, at)
+        except DatabaseDown:
+            raise
+        except Exception as error:
+            log.error("⚠️ message %s cannot be stored: %s", form["MessageSid"], type(error).__name__)
+            return False
 
     def delete_discarded(self) -> None:
         """Delete conversations at OpenAI that their users left for good, items first."""

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from settings import Settings
 from tools import Media, Message, ToolError
 
-CALL_TIMEOUT = 10.0  # seconds for any call to the outside
 # What the model reads for a message that has no text and that no plugin reads.
 PLACEHOLDERS = {
     "audio": "[El usuario envió un mensaje de voz que no se puede escuchar aquí.]",
@@ -74,18 +73,20 @@ class InDoubt(Exception):
     """The call broke off: Twilio may or may not have taken the part."""
 
 
-def make_transport(origin: str | None) -> Any:
+def make_transport(origin: str | None, seconds: float) -> Any:
     """Return the SDK's HTTP client with a time-out and keep-alive, `origin` in place of Twilio's hosts."""
     import requests
     from requests.adapters import HTTPAdapter
     from twilio.http import HttpClient
     from twilio.http.response import Response as TwilioResponse
 
+    limits = (seconds / 3, seconds * 2 / 3)  # to connect and to answer: each would get the whole time otherwise
+
     class Transport(HttpClient):
         """Unlike the SDK's own, it returns each thread its own answer and tells Retry-After."""
 
         def __init__(self) -> None:
-            super().__init__(logging.getLogger("twilio"), False, CALL_TIMEOUT)
+            super().__init__(logging.getLogger("twilio"), False, seconds)
             self.session = requests.Session()
             for scheme in ("https://", "http://"):
                 self.session.mount(scheme, HTTPAdapter(pool_maxsize=64))
@@ -96,7 +97,7 @@ def make_transport(origin: str | None) -> Any:
             if origin:
                 url = origin.rstrip("/") + parts._replace(scheme="", netloc="").geturl()
             answer = self.session.request(
-                method, url, params=params, data=data, headers=headers, auth=auth, timeout=timeout or CALL_TIMEOUT,
+                method, url, params=params, data=data, headers=headers, auth=auth, timeout=timeout or limits,
                 allow_redirects=allow_redirects,
             )  # fmt: skip
             if answer.status_code == 429:
@@ -125,7 +126,7 @@ class WhatsApp:
         token = self.settings.twilio_auth_token
         return Client(
             self.settings.twilio_account_sid, token.get_secret_value() if token else "",
-            http_client=make_transport(self.settings.twilio_api_url),
+            http_client=make_transport(self.settings.twilio_api_url, self.settings.call_timeout),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -195,7 +196,7 @@ class WhatsApp:
             listed = self.client.messages.list(to=to, limit=100, page_size=100)
         except (requests.RequestException, TwilioException) as error:
             raise NotSent(f"Twilio's list of messages failed ({type(error).__name__})", 5) from None
-        recent = [m for m in listed if m.direction != "inbound" and (m.date_created or since) >= since]
+        recent = [m for m in listed if m.direction == "outbound-api" and (m.date_created or since) >= since]
         same = [m for m in recent if part["content_sid"] or (m.body or "").strip() == part["body"].strip()]
         taken = known([m.sid for m in same])
         return next((m.sid for m in reversed(same) if m.sid not in taken), None)
@@ -225,14 +226,14 @@ class WhatsApp:
         """Return a file's bytes. Credentials go to Twilio's host only; raises ToolError with the reason."""
         import requests
 
-        url, token = media.url, self.settings.twilio_auth_token
+        url, token, seconds = media.url, self.settings.twilio_auth_token, self.settings.call_timeout
         if not self.is_twilio(url):
             raise ToolError("the file is not at Twilio")
         try:
             for _ in range(4):
                 auth = (self.settings.twilio_account_sid or "", token.get_secret_value() if token else "")
                 own = auth if self.is_twilio(url) else None
-                with requests.get(url, auth=own, stream=True, timeout=CALL_TIMEOUT, allow_redirects=False) as answer:
+                with requests.get(url, auth=own, stream=True, timeout=seconds, allow_redirects=False) as answer:
                     if answer.is_redirect:
                         url = requests.compat.urljoin(url, answer.headers["Location"])
                         if not (url.startswith("https://") or self.is_twilio(url)):
@@ -244,10 +245,9 @@ class WhatsApp:
             raise ToolError(f"the file could not be had: {type(error).__name__}") from None
         raise ToolError("too many redirects")
 
-    @staticmethod
-    def read(answer: Any, limit: int) -> bytes:
-        """Return a download's body, at most `limit` bytes and twice CALL_TIMEOUT seconds of it."""
-        end, data = time.monotonic() + 2 * CALL_TIMEOUT, bytearray()
+    def read(self, answer: Any, limit: int) -> bytes:
+        """Return a download's body, at most `limit` bytes and twice a call's time-out of it."""
+        end, data = time.monotonic() + 2 * self.settings.call_timeout, bytearray()
         for chunk in answer.iter_content(65536):
             data += chunk
             if len(data) > limit:

@@ -197,6 +197,7 @@ class ToolCall:
 
     def __init__(self, tool: Tool, arguments: str, context: Context, save: Callable[[str, bool, int], bool]):
         self.tool, self.arguments, self.context, self.save = tool, arguments, context, save
+        self.begun = self.saved = False
         self.began = time.monotonic()
         self.thread = threading.Thread(target=self.work, name=f"tool {tool.name}", daemon=True)
         self.thread.start()
@@ -206,7 +207,9 @@ class ToolCall:
         if not SLOTS.acquire(timeout=self.tool.timeout):
             return
         try:
+            self.begun = True
             self.save(*self.output(), self.milliseconds)
+            self.saved = True
         except Exception as error:  # the database is away: the call counts as begun, with an unknown outcome
             self.context.log.warning("⚠️ output of %s not saved: %s", self.tool.name, type(error).__name__)
         finally:
@@ -235,6 +238,6 @@ class ToolCall:
     def wait(self, end: float) -> None:
         """Wait for the call within its limit and `end` (monotonic); past them the model is told, the thread left."""
         self.thread.join(max(0.0, min(self.began + self.tool.timeout, end) - time.monotonic()))
-        if self.thread.is_alive():
-            told = UNKNOWN_OUTCOME if self.tool.side_effects else problem("no terminó a tiempo")
+        if not self.saved:
+            told = UNKNOWN_OUTCOME if self.tool.side_effects and self.begun else problem("no terminó a tiempo")
             ToolCall.abandoned += self.save(told, False, self.milliseconds)
