@@ -392,7 +392,8 @@ class Journey:
             if parts is not None or run.mode != "bot":  # a plugin may have changed where the user stands
                 now = self.db.one("standing", u=run.user_phone) or {"mode": run.mode}
                 run.mode = now.pop("mode")
-                run.turn[:] = [line | now for line in run.turn]
+                for line in run.turn:
+                    line.update(now)
 
     def opt(self, run: Run, row: Mapping[str, Any]) -> list[Part]:
         """Confirm that a user leaves or returns: the mode itself was set when the message was received."""

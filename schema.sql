@@ -1,4 +1,4 @@
--- version: 1
+-- version: 2
 --
 -- Hilo's tables. Safe to run again at every release, also by hand: psql "$DATABASE_URL" -f schema.sql
 -- Raise the number above with every change, or processes that are running will not apply it.
@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS users (
     reply_to         text NOT NULL,              -- the latest From
     own_number       text,                       -- the number of ours that was written to
     profile_name     text NOT NULL DEFAULT '',
-    language         text,
+    language         text,                       -- of the latest text that showed one: es, en, pt
     mode             text NOT NULL DEFAULT 'bot' CHECK (mode IN (
                          'bot',                  -- the assistant answers
                          'human',                -- an advisor answers; the assistant is silent
@@ -34,6 +34,14 @@ CREATE TABLE IF NOT EXISTS users (
     created_at       timestamptz NOT NULL DEFAULT now(),
     last_in_at       timestamptz                 -- the 24-hour window is open from here
 );
+CREATE INDEX IF NOT EXISTS users_with_advisor ON users (mode_until) WHERE mode = 'human';
+
+-- Other addresses of a person than the one that the row in users is named by: WhatsApp shows a number or a username.
+CREATE TABLE IF NOT EXISTS addresses (
+    address    text PRIMARY KEY,
+    user_phone text NOT NULL REFERENCES users ON DELETE CASCADE
+);
+CREATE INDEX IF NOT EXISTS addresses_of_user ON addresses (user_phone);
 
 -- One OpenAI conversation a user. Deleting a row is always a safe repair: the next turn makes a new
 -- conversation and tells it the last messages of the transcript.
@@ -163,14 +171,58 @@ CREATE OR REPLACE FUNCTION state_rank(state text) RETURNS int LANGUAGE sql IMMUT
         WHEN 'failed' THEN 3 WHEN 'undelivered' THEN 3 WHEN 'delivered' THEN 4 WHEN 'read' THEN 5 END
 $$;
 
+-- Make one person of two rows: what `p_other` said and was told becomes part of `p_user`'s transcript, who keeps the
+-- stricter of both modes. The conversation is left, so that the next one is told of both. Put off while the other
+-- still has a run of its own; a row with another ExternalUserId is another person, who had the number before.
+CREATE OR REPLACE FUNCTION absorb_user(p_other text, p_user text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    other users;
+BEGIN
+    SELECT * INTO other FROM users WHERE user_phone = p_other FOR UPDATE;
+    IF other.user_phone IS NULL OR EXISTS (SELECT 1 FROM runs WHERE user_phone = p_other AND state <> 'done')
+        OR other.external_user_id IS DISTINCT FROM (SELECT external_user_id FROM users WHERE user_phone = p_user)
+            AND 'whatsapp:' || other.external_user_id <> p_other THEN
+        RETURN;
+    END IF;
+    UPDATE messages SET user_phone = p_user WHERE user_phone = p_other;
+    UPDATE runs SET user_phone = p_user WHERE user_phone = p_other;
+    UPDATE addresses SET user_phone = p_user WHERE user_phone = p_other;
+    DELETE FROM oa_threads_map WHERE user_phone IN (p_other, p_user);
+    DELETE FROM users WHERE user_phone = p_other;
+    UPDATE users u SET created_at = least(u.created_at, other.created_at), language = coalesce(u.language, other.language),
+        profile_name = coalesce(nullif(u.profile_name, ''), other.profile_name),
+        seed_after = greatest(u.seed_after, other.seed_after),
+        (mode, mode_since, mode_until, mode_run) = (SELECT x.mode, x.mode_since, x.mode_until, x.mode_run
+            FROM (VALUES (u.mode, u.mode_since, u.mode_until, u.mode_run),
+                (other.mode, other.mode_since, other.mode_until, other.mode_run)) x (mode, mode_since, mode_until, mode_run)
+            ORDER BY array_position(ARRAY['out', 'human', 'bot'], x.mode) LIMIT 1)
+        WHERE u.user_phone = p_user;
+END $$;
+
+-- The row that a message belongs to: the person's by ExternalUserId, else by an address seen before, else a new one.
+-- Of several first messages of one person at a time, whatever address each comes from, one makes the row.
+CREATE OR REPLACE FUNCTION whose_message(p_from text, p_external text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    who text := (SELECT user_phone FROM users WHERE external_user_id = p_external);
+BEGIN
+    IF who IS NULL AND p_external IS NOT NULL THEN
+        PERFORM pg_advisory_xact_lock(hashtextextended('hilo.users ' || p_external, 0));
+        who := (SELECT user_phone FROM users WHERE external_user_id = p_external);
+    END IF;
+    RETURN coalesce(who, (SELECT user_phone FROM addresses WHERE address = p_from), p_from);
+END $$;
+
 -- Store an inbound message and make or refresh its user's run; no row where the sid is known already.
 -- The user's row is locked first, so ids grow in the order of commits for each user.
+DROP FUNCTION IF EXISTS receive_message(text, text, text, text, text, text, jsonb, text, double precision, timestamptz);
 CREATE OR REPLACE FUNCTION receive_message(
     p_sid text, p_from text, p_to text, p_external text, p_profile text, p_body text, p_raw jsonb, p_opt text,
-    p_burst double precision, p_at timestamptz
+    p_burst double precision, p_at timestamptz, p_language text DEFAULT NULL
 ) RETURNS TABLE (id bigint, held boolean, seconds double precision) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
+    -- A username without an ExternalUserId stands for one, until Twilio tells it.
+    handle text := CASE WHEN p_from NOT LIKE 'whatsapp:+%' THEN split_part(p_from, ':', 2) END;
     who text;
     was text;
     message_id bigint;
@@ -178,15 +230,26 @@ BEGIN
     IF EXISTS (SELECT 1 FROM messages WHERE sid = p_sid) THEN
         RETURN; -- delivered again: what is newer of the user stays
     END IF;
-    SELECT u.user_phone INTO who FROM users u WHERE u.external_user_id = p_external OR u.user_phone = p_from
-        ORDER BY u.external_user_id = p_external DESC NULLS LAST LIMIT 1;
-    INSERT INTO users AS u (user_phone, external_user_id, reply_to, own_number, profile_name, last_in_at)
-        VALUES (coalesce(who, p_from), p_external, p_from, p_to, p_profile, p_at)
+    who := whose_message(p_from, coalesce(p_external, handle));
+    INSERT INTO users AS u (user_phone, external_user_id, reply_to, own_number, profile_name, last_in_at, language)
+        VALUES (who, coalesce(p_external, handle), p_from, p_to, p_profile, p_at, p_language)
         ON CONFLICT (user_phone) DO UPDATE SET
             reply_to = excluded.reply_to, own_number = excluded.own_number, last_in_at = greatest(u.last_in_at, p_at),
-            external_user_id = coalesce(excluded.external_user_id, u.external_user_id),
-            profile_name = coalesce(nullif(excluded.profile_name, ''), u.profile_name)
-        RETURNING u.user_phone, u.mode INTO who, was;
+            external_user_id = coalesce(p_external, u.external_user_id, handle),
+            profile_name = coalesce(nullif(excluded.profile_name, ''), u.profile_name),
+            language = coalesce(excluded.language, u.language)
+        RETURNING u.mode INTO was;
+    IF who <> p_from THEN
+        IF NOT EXISTS (SELECT 1 FROM addresses WHERE address = p_from AND user_phone = who) THEN
+            INSERT INTO addresses VALUES (p_from, who) ON CONFLICT (address) DO UPDATE SET user_phone = excluded.user_phone;
+        END IF;
+        IF EXISTS (SELECT 1 FROM users WHERE user_phone = p_from) THEN
+            PERFORM absorb_user(p_from, who);
+            was := (SELECT mode FROM users WHERE user_phone = who);
+        END IF;
+    ELSIF p_external IS NOT NULL THEN
+        DELETE FROM addresses WHERE address = p_from; -- the number has come to another person, or back
+    END IF;
     IF p_opt = 'in' AND was <> 'out' THEN
         p_opt := NULL; -- the word to return means something else to a user who never left
     END IF;
@@ -207,20 +270,25 @@ BEGIN
         RETURNING r.id, r.held, extract(epoch FROM r.due_at - now())::float8;
 END $$;
 
--- Leave a user's conversation for good: nothing said so far is told to the next one, and OpenAI's copy is deleted.
-CREATE OR REPLACE FUNCTION forget_thread(p_user text) RETURNS void LANGUAGE sql AS $$
+-- Leave a user's conversation for good: nothing said up to now, or up to one message, is told to the next one, and
+-- OpenAI's copy is deleted.
+DROP FUNCTION IF EXISTS forget_thread(text);
+CREATE OR REPLACE FUNCTION forget_thread(p_user text, p_sid text DEFAULT NULL) RETURNS void LANGUAGE sql AS $$
     WITH gone AS (DELETE FROM oa_threads_map WHERE user_phone = p_user RETURNING thread_id)
     INSERT INTO discarded_threads (thread_id) SELECT thread_id FROM gone ON CONFLICT DO NOTHING;
-    UPDATE users SET seed_after = coalesce((SELECT max(id) FROM messages WHERE user_phone = p_user), 0)
+    UPDATE users SET seed_after = greatest(seed_after, (SELECT id FROM messages WHERE sid = p_sid),
+        CASE WHEN p_sid IS NULL THEN (SELECT max(id) FROM messages WHERE user_phone = p_user) END)
         WHERE user_phone = p_user;
 $$;
 
 -- Who answers a user: 'bot', 'human' until a moment, or nobody ('out'). `p_run` is the run that causes it, which alone
 -- still sends its reply. Back to 'bot', the next turn begins a new conversation, which is told what was said meanwhile.
+-- A user who wants no messages stays so, whoever asks: only their own word brings them back. NULL where it was not done.
 CREATE OR REPLACE FUNCTION set_mode(p_user text, p_mode text, p_run bigint, p_until timestamptz)
 RETURNS text LANGUAGE sql AS $$
     DELETE FROM oa_threads_map WHERE user_phone = p_user AND p_mode = 'bot';
-    UPDATE users SET mode = p_mode, mode_since = now(), mode_until = p_until, mode_run = p_run WHERE user_phone = p_user
+    UPDATE users SET mode = p_mode, mode_since = now(), mode_until = p_until, mode_run = p_run
+        WHERE user_phone = p_user AND (mode <> 'out' OR p_mode = 'out')
         RETURNING mode;
 $$;
 
@@ -383,4 +451,4 @@ END $$;
 UPDATE cursos SET codigo = codigo;
 -- Fin del catálogo
 
-INSERT INTO hilo VALUES ('schema_version', '1') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+INSERT INTO hilo VALUES ('schema_version', '2') ON CONFLICT (key) DO UPDATE SET value = excluded.value;

@@ -112,7 +112,7 @@ class Event:
 @dataclass
 class Context:
     """What a hook or a tool may use. `turn` holds the messages being answered, oldest first; `log` already
-    carries the run's id and the masked address."""
+    carries the run's id and the masked address; `language` is the one of the user's latest text that shows one."""
 
     run_id: int | None = None
     address: str = ""
@@ -124,6 +124,7 @@ class Context:
     )
     turn: tuple[Message, ...] = ()
     services: Any = field(default=None, repr=False)
+    language: str = "es"
 
     def query(self, sql: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of one statement, committed at once; values go in as `:name` parameters only."""
@@ -136,6 +137,11 @@ class Context:
     def send(self, part: str | Part) -> None:
         """Queue one more part, which leaves just before this run's reply."""
         self.services.send_part(self, part)
+
+    def fallback(self, message: Message, reason: str) -> list[Part] | None:
+        """Return what the first plugin with a `fallback_reply` answers, None where there is none."""
+        found = self.services.plugins.first("fallback_reply", parts_of, message=message, reason=reason, context=self)
+        return typing.cast("list[Part] | None", found)
 
     def show_typing(self, message: Message) -> None:
         """Let the user see that an answer is being written, and the message as read; best effort, waits for nothing."""
