@@ -89,7 +89,7 @@ def store_inbound(
     db: Database, form: Mapping[str, str], burst: float, at: datetime | None = None
 ) -> dict[str, Any] | None:
     """Store one message of Twilio's form and make or refresh its user's run; None where its sid is known."""
-    form = {key: value.replace("\x00", "") for key, value in form.items()}
+    form = {key.replace("\x00", ""): value.replace("\x00", "") for key, value in form.items()}
     missing = [key for key in ("MessageSid", "From", "To") if not form.get(key)]
     if missing:
         raise BadRequest(400, f"the form lacks {', '.join(missing)}")
@@ -165,7 +165,7 @@ class ThreadsAdapter:
 
         key = self.settings.openai_api_key
         return openai.OpenAI(
-            api_key=key.get_secret_value() if key else "", base_url=self.settings.openai_base_url, max_retries=0,
+            api_key=key.get_secret_value() if key else "none", base_url=self.settings.openai_base_url, max_retries=0,
             timeout=self.settings.call_timeout,
         )  # fmt: skip
 
@@ -182,10 +182,14 @@ class ThreadsAdapter:
             with contextlib.suppress(Exception):
                 self.unwrap(b"{}", {})
 
-    def unwrap(self, body: bytes, headers: Mapping[str, str]) -> Any:
+    def unwrap(self, body: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
         """Return a webhook's event, verified (https://www.standardwebhooks.com); raises where anything is wrong."""
         secret = self.settings.openai_webhook_secret
-        return self.client.webhooks.unwrap(body, headers, secret=secret.get_secret_value() if secret else None)
+        self.client.webhooks.verify_signature(body, headers, secret=secret.get_secret_value() if secret else None)
+        event = json.loads(body)
+        if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+            raise ValueError("no event")
+        return event
 
     def get_or_create_thread_id(self, run: Run) -> str:
         """Return the user's conversation; a new one is told the last messages of our own transcript."""
@@ -852,6 +856,11 @@ def read_form(request: Any) -> dict[str, str]:
         raise BadRequest(400, f"the body is no form: {error}") from None
 
 
+def number_of(text: str | None, digits: int) -> int | None:
+    """Return a number of at most so many digits, None for any other text."""
+    return int(text) if text and re.fullmatch(f"[0-9]{{1,{digits}}}", text) else None
+
+
 class Gateway:
     """The parts of one process, and the web application in front of them."""
 
@@ -916,11 +925,11 @@ class Gateway:
         if not secret or not self.settings.origin:
             lacking = "PUBLIC_URL" if secret else "TWILIO_AUTH_TOKEN"
             raise BadRequest(503, f"{lacking} is not set, so signatures cannot be checked")
-        signature = request.get_header("X-Twilio-Signature")
+        signature = request.environ.get("HTTP_X_TWILIO_SIGNATURE")
         if not signature:
             raise BadRequest(403, "the X-Twilio-Signature header is missing")
         form = read_form(request)
-        algorithm = get_signature_algorithm(request.get_header("X-Twilio-Webhooks-Signature-Settings"))
+        algorithm = get_signature_algorithm(request.environ.get("HTTP_X_TWILIO_WEBHOOKS_SIGNATURE_SETTINGS"))
         url = self.settings.origin + request.environ["REQUEST_URI"]
         try:
             valid = RequestValidator(secret).validate(url, form, signature, algorithm)
@@ -952,11 +961,9 @@ class Gateway:
         try:
             form = self.signed_form(bottle.request)
             state = STATES.get(form.get("MessageStatus", ""))
-            part = bottle.request.query.get("m", "")
-            code = form.get("ErrorCode", "")
             row = state and self.db.one(
-                "part_status", id=int(part) if part.isdigit() else None, sid=form.get("MessageSid"), state=state,
-                code=int(code) if code.isdigit() else None,
+                "part_status", id=number_of(bottle.request.query.get("m"), 18), sid=form.get("MessageSid"), state=state,
+                code=number_of(form.get("ErrorCode"), 9),
             )  # fmt: skip
         except BadRequest as refusal:
             log.warning("⚠️ callback refused (%d): %s", refusal.status, refusal)
@@ -985,14 +992,15 @@ class Gateway:
             body = bottle.request.environ["wsgi.input"].read(BODY_LIMIT)
             headers = {name.lower(): value for name, value in bottle.request.headers.items()}
             event = self.journey.threads.unwrap(body, headers)
-            response_id = str(event.data.id)
         except Exception as error:  # the SDK raises many kinds, and each means that the event is not to be believed
             log.warning("⚠️ OpenAI webhook refused: %s", type(error).__name__)
             return self.plain(400, "the webhook's signature or body is not valid")
         self.last_event = datetime.now(UTC)
-        if str(event.type).startswith("response.") and response_id.startswith("resp_"):
+        data = event.get("data")
+        response_id = str(data.get("id")) if isinstance(data, dict) else ""
+        if event["type"].startswith("response.") and re.fullmatch(r"resp_\w{1,190}", response_id, re.ASCII):
             try:
-                row = self.db.one("wake_by_response", resp=response_id[:200])
+                row = self.db.one("wake_by_response", resp=response_id)
             except (DatabaseDown, DatabaseFault) as error:
                 return self.plain(503, str(error))  # OpenAI sends it again
             if row and not row["held"]:
@@ -1041,7 +1049,7 @@ class Server:
     def __init__(self, gateway: Gateway, host: str, port: int):
         self.server = waitress.create_server(
             gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500,
-            backlog=2048, asyncore_use_poll=True, channel_timeout=120, max_request_body_size=BODY_LIMIT,
+            backlog=2048, asyncore_use_poll=True, channel_timeout=120, max_request_body_size=16 * BODY_LIMIT,
             clear_untrusted_proxy_headers=True, ident=None,
         )  # fmt: skip
         self.port = self.server.effective_port
