@@ -347,7 +347,7 @@ def test_message_that_could_not_be_stored_is_fetched_from_twilio_and_answered_on
     start: Start, twilio: Simulator
 ) -> None:
     hilo = start(WORKER_THREADS="0")
-    wait_for(lambda: hilo.gateway.upkeep.next_catch_up > time.monotonic() + 100)  # the one at the start is over
+    wait_for(lambda: hilo.gateway.upkeep.next_catch_up > time.monotonic() + 62)  # the one at the start is over
     hilo.rows("UPDATE hilo SET value = '2026-01-01T00:00:00Z' WHERE key = 'caught_up_to'")
     twilio.receive(ANA, "esta llegó")
     missed = twilio.receive(ANA, "esta se perdió", lost=True)
