@@ -19,6 +19,7 @@ from settings import ConfigurationError
 
 HERE = Path(__file__).parent
 CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
+DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock
 
 
@@ -145,6 +146,16 @@ class Database:
 
     def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the rows of one statement, which is one transaction; raises DatabaseFault or DatabaseDown."""
+        for _ in range(DEADLOCKS):
+            try:
+                return self.once(sql, params)
+            except DatabaseFault as error:  # of two transactions PostgreSQL ends one: nothing of it has happened
+                if error.sqlstate != "40P01":
+                    raise
+        return self.once(sql, params)
+
+    def once(self, sql: str, params: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        """Return the rows of one statement, tried once."""
         with self.connection() as connection:
             statement = connection.statements.get(sql)
             if statement is None:

@@ -130,10 +130,12 @@ SELECT 1 AS done FROM r
 -- Records how the response ended and that its calls begin; tells which an earlier worker had begun, with their outputs.
 WITH e AS (
     UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
-        output_tokens = :o::int WHERE id = :resp),
+        output_tokens = :o::int WHERE id = :resp RETURNING 1),
 r AS (
     UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
-    WHERE id = :id AND attempt = :a AND state = 'waiting' RETURNING id),
+    WHERE id = :id AND attempt = :a AND state = 'waiting'
+        AND (SELECT count(*) FROM e) >= 0 -- first the response, then the run: the order in which webhooks lock them
+    RETURNING id),
 i AS (
     INSERT INTO tool_calls (call_id, run_id, response_id, name, arguments)
     SELECT x.call_id, r.id, :resp, x.name, x.arguments
@@ -155,10 +157,12 @@ SELECT call_id, name, arguments, output FROM tool_calls WHERE run_id = :id ORDER
 -- The reply's parts become rows; with leave, no thread is left behind for the next turn. How the response ended is noted.
 WITH e AS (
     UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
-        output_tokens = :o::int WHERE id = :resp),
+        output_tokens = :o::int WHERE id = :resp RETURNING 1),
 r AS (
     UPDATE runs SET state = 'sending', outcome = :outcome, reason = :reason, written_at = now(), creating = false
-    WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING id, user_phone),
+    WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting')
+        AND (SELECT count(*) FROM e) >= 0 -- first the response, then the run: the order in which webhooks lock them
+    RETURNING id, user_phone),
 d AS (DELETE FROM oa_threads_map WHERE :leave AND user_phone = (SELECT user_phone FROM r)),
 p AS (
     INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
@@ -255,7 +259,8 @@ INSERT INTO messages (user_phone, direction, run_id, state, content_sid)
 SELECT user_phone, 'out', id, 'queued', :template FROM r RETURNING run_id
 
 -- name: finish
--- What arrived meanwhile becomes the next turn, a burst after the last message.
+-- What arrived meanwhile becomes the next turn, a burst after the last message. Images and files that the model was
+-- shown are in the conversation now: of them the transcript keeps the words.
 WITH p AS (
     SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
         CASE WHEN NOT bool_or(content_sid IS NOT NULL) THEN min(user_phone) FILTER (WHERE error_code = 63016) END AS shut,
@@ -266,7 +271,12 @@ f AS (
     UPDATE runs SET state = 'done', held = false, finished_at = now(),
         outcome = CASE WHEN p.lost > 0 THEN 'undelivered' ELSE coalesce(outcome, 'intercepted') END,
         reason = CASE WHEN p.lost > 0 THEN p.code ELSE reason END
-    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING user_phone, pending, outcome, created_at, sent, shut),
+    FROM p WHERE id = :id AND attempt = :a AND state <> 'done'
+    RETURNING id, user_phone, pending, outcome, created_at, sent, shut),
+k AS (
+    UPDATE messages SET input = (SELECT to_jsonb(string_agg(part ->> 'text', chr(10)))
+        FROM jsonb_array_elements(input) part WHERE part ->> 'text' IS NOT NULL)
+    WHERE run_id = (SELECT id FROM f) AND direction = 'in' AND jsonb_typeof(input) = 'array'),
 i AS (SELECT min(at) AS first_at FROM messages WHERE run_id = :id AND direction = 'in'),
 n AS (
     INSERT INTO runs (user_phone, due_at, pending)

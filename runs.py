@@ -214,11 +214,16 @@ class Workers:
     def start(self, journey: Journey) -> None:
         """Start the threads; without workers only the one that wakes other processes."""
         self.journey, self.started = journey, True
+        journey.crowded = self.crowded
         targets: list[Callable[[], None]] = [self.tell_others]
         if self.settings.worker_threads:
             targets += [self.dispatch, self.listen, self.keep, *[self.work] * self.settings.worker_threads]
         for target in targets:
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def crowded(self) -> bool:
+        """Tell whether there is too much to do for niceties: a quarter of the workers is at work."""
+        return len(self.busy) > self.settings.worker_threads / 4
 
     def woken(self, seconds: float) -> None:
         """A run is due in so many seconds: look then, or tell another process where everybody here is busy."""

@@ -248,7 +248,15 @@ def spoken(part: Json) -> str:
     return str(part.get("text", f"[{part['type'].removeprefix('input_')}]"))
 
 
-READY_MODELS: dict[str, Model] = {"echo": echo, "course_assistant": course_assistant}
+class Stamp(Answer):
+    """Says at what time it was done, in seconds since 1970: a benchmark's measure of what comes after."""
+
+    def output(self) -> list[Json]:
+        """The message, made when the response completes."""
+        return [assistant_message(str(time.time()))]
+
+
+READY_MODELS: dict[str, Model] = {"echo": echo, "course_assistant": course_assistant, "clock": Stamp()}
 
 
 # --- Items: what a conversation holds -----------------------------------------------------------------------

@@ -4,18 +4,32 @@ For benchmarks: it takes what the gateway sends without sharing the gateway's in
 """
 
 import argparse
+import contextlib
 import signal
 import threading
 from collections import Counter
+
+import bottle
 
 from simulator import Simulator
 
 
 def stats(simulator: Simulator) -> dict[str, object]:
-    """Messages by direction, outbound ones by state, and how many callbacks and typing indicators there were."""
+    """Messages by direction, outbound ones by state, and how many callbacks and typing indicators there were.
+
+    `lag_ms`: from the moment that a text names (seconds since 1970) to its arrival, for texts that name one which is
+    later than the query's `since`."""
     messages = list(simulator.messages)
     outbound = [message for message in messages if message.direction != "inbound"]
+    since = float(bottle.request.query.get("since", 0))
+    lags = []
+    for message in outbound:
+        with contextlib.suppress(ValueError):
+            if (done := float(message.body)) > since and message.created:
+                lags.append((message.created.timestamp() - done) * 1000)
+    lags.sort()
     return {
+        "lag_ms": {f"p{p}": lags[int(len(lags) * p / 100)] for p in (50, 95, 99)} if lags else {},
         "messages": Counter(message.direction for message in messages),
         "states": Counter(message.status for message in outbound),
         "recipients": len({message.to for message in outbound}),
