@@ -40,12 +40,11 @@ def through_gateway(stage: Stage, messages: int) -> float:
 def bare(stage: Stage, messages: int) -> float:
     """Return messages a second of the same SDK calls alone."""
     import openai
+    from twilio.rest import Client
 
     from settings import load_assistants
     from tools._plugins import Plugins
     from whatsapp import make_transport
-
-    from twilio.rest import Client
 
     assistant = load_assistants()[0]["cursos"]
     definitions = [tool.definition for tool in Plugins().tools.values()]
