@@ -222,33 +222,38 @@ class WhatsApp:
             fields[f"MediaContentType{n}"] = media.content_type
         return fields
 
-    def download(self, media: Media, limit: int) -> bytes:
+    def download(self, media: Media, limit: int, seconds: float) -> bytes:
         """Return a file's bytes. Credentials go to Twilio's host only; raises ToolError with the reason."""
         import requests
+        import urllib3
 
-        url, token, seconds = media.url, self.settings.twilio_auth_token, self.settings.call_timeout
+        url, token, end = media.url, self.settings.twilio_auth_token, time.monotonic() + seconds
         if not self.is_twilio(url):
             raise ToolError("the file is not at Twilio")
         try:
             for _ in range(4):
                 auth = (self.settings.twilio_account_sid or "", token.get_secret_value() if token else "")
                 own = auth if self.is_twilio(url) else None
-                with requests.get(url, auth=own, stream=True, timeout=seconds, allow_redirects=False) as answer:
+                left = max(0.3, end - time.monotonic())
+                limits = (left / 3, left * 2 / 3)
+                with requests.get(url, auth=own, stream=True, timeout=limits, allow_redirects=False) as answer:
                     if answer.is_redirect:
                         url = requests.compat.urljoin(url, answer.headers["Location"])
-                        if not (url.startswith("https://") or self.is_twilio(url)):
+                        if not self.is_safe(url):
                             raise ToolError("the file was redirected to an address without TLS")
                         continue
                     answer.raise_for_status()
-                    return self.read(answer, limit)
-        except requests.RequestException as error:
+                    return self.read(answer, limit, end)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise ToolError(f"the file could not be had: {type(error).__name__}") from None
         raise ToolError("too many redirects")
 
-    def read(self, answer: Any, limit: int) -> bytes:
-        """Return a download's body, at most `limit` bytes and twice a call's time-out of it."""
-        end, data = time.monotonic() + 2 * self.settings.call_timeout, bytearray()
-        for chunk in answer.iter_content(65536):
+    @staticmethod
+    def read(answer: Any, limit: int, end: float) -> bytes:
+        """Return a download's body, at most `limit` bytes and what has come by `end` (monotonic)."""
+        data = bytearray()
+        # Whatever has arrived, at once: a full chunk of a body that drips would be waited for without an end.
+        while chunk := answer.raw.read1(65536, decode_content=True):
             data += chunk
             if len(data) > limit:
                 raise ToolError(f"the file is larger than {limit // 1024} KiB")
@@ -262,6 +267,11 @@ class WhatsApp:
         if local and f"{parts.scheme}://{parts.netloc}" == local.rstrip("/"):
             return True
         return parts.scheme == "https" and (parts.hostname or "").endswith(".twilio.com")
+
+    def is_safe(self, url: str) -> bool:
+        """Tell whether a redirect may be followed, without credentials: with TLS, or on the host of TWILIO_API_URL."""
+        parts, local = urlsplit(url), urlsplit(self.settings.twilio_api_url or "")
+        return parts.scheme == "https" or (parts.scheme, parts.hostname) == (local.scheme, local.hostname)
 
 
 def cut(text: str, limit: int = WhatsApp.TEXT) -> list[str]:

@@ -147,9 +147,10 @@ class Context:
         """Let the user see that an answer is being written, and the message as read; best effort, waits for nothing."""
         self.services.show_typing(message)
 
-    def download(self, media: Media, limit: int = 16 * 1024 * 1024) -> bytes:
-        """Return a file that came with a message, at most `limit` bytes; raises ToolError when it cannot be had."""
-        return typing.cast(bytes, self.services.download(media, limit))
+    def download(self, media: Media, limit: int = 16 * 1024 * 1024, seconds: float = 10.0) -> bytes:
+        """Return a file that came with a message, at most `limit` bytes of it; raises ToolError when it cannot be had
+        in so many seconds."""
+        return typing.cast(bytes, self.services.download(media, limit, seconds))
 
     def openai(self) -> Any:
         """Return the process's OpenAI client (no retries, 10 s time-out); raises ToolError without a key."""
