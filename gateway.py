@@ -36,7 +36,7 @@ from database import Database, DatabaseDown, DatabaseFault, migrate
 from pace import Breaker, Pacer
 from runs import Alarm, LeaseLost, Run, Runs, Workers
 from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
-from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, parts_of
+from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, clean, parts_of
 from tools._plugins import UNKNOWN_OUTCOME, Events, Plugins, ToolCall, problem
 from tools._textos import idioma_de, texto
 from upkeep import Upkeep
@@ -74,7 +74,9 @@ log = logging.getLogger("hilo")
 
 # --- Inbox: one commit for each message -------------------------------------------------------------------
 
-OPT_OUT = frozenset({"baja", "stop", "cancelar suscripcion", "darme de baja", "unsubscribe", "sair"})
+OPT_OUT = frozenset(
+    ("baja", "stop", "cancelar suscripcion", "cancelar suscripción", "darme de baja", "unsubscribe", "sair")
+)
 OPT_IN = frozenset({"alta", "start", "unstop"})
 
 
@@ -294,7 +296,7 @@ def parsed(raw: Any) -> Any:
 def fetch_last_assistant_message(response: Response) -> str:
     """Return the text of a response, or the model's refusal; "" where it has neither."""
     contents = [part for item in response.output if item.type == "message" for part in item.content]
-    return "\n".join(part.text if part.type == "output_text" else part.refusal for part in contents).strip()
+    return str(clean("\n".join(part.text if part.type == "output_text" else part.refusal for part in contents))).strip()
 
 
 def history(db: Database, address: str, n: int, run_id: int | None) -> list[Turn]:
@@ -440,7 +442,8 @@ class Journey:
                 if not isinstance(row["input"], str) or row["input"] != row["body"]:
                     self.db.one("save_input", id=row["id"], input=json.dumps(row["input"]))
         items = [{"role": "user", "content": row["input"]} for row in rows]
-        unread = rows[0]["answered_at"] and rows[0]["at"] < rows[0]["answered_at"]
+        begun_anew = run.turn[0]["id"] <= run.turn[0]["seed_after"]
+        unread = rows[0]["answered_at"] and rows[0]["at"] < rows[0]["answered_at"] and not begun_anew
         return [{"role": "developer", "content": UNREAD}, *items] if unread else items
 
     def read(self, run: Run, message: Message) -> str | list[dict[str, Any]]:
@@ -589,7 +592,7 @@ class Journey:
     ) -> list[dict[str, Any]]:
         """Return an output for every call, each recorded by its call_id; one recorded already is not run again."""
         tools = self.threads.tools_of(assistant)
-        rows = [{"call_id": c.call_id, "name": c.name, "arguments": c.arguments} for c in calls]
+        rows = [{"call_id": c.call_id, "name": c.name, "arguments": clean(c.arguments)} for c in calls]
         ids = [call.call_id for call in calls]
         longest = max((tools[c.name].timeout for c in calls if c.name in tools), default=0.0)
         facts = {"calls": json.dumps(rows), "ids": ids, **run.ended}
@@ -841,6 +844,7 @@ def step(name: str, run: Run) -> None:
 
 def model_input(value: Any) -> str | list[dict[str, Any]]:
     """Return what message_to_input gave; raises TypeError for anything but a text or input content parts."""
+    value = clean(value)
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):

@@ -74,7 +74,7 @@ RETURNING thread_id
 -- What was said before a run, newest first: taken messages, and parts that left (or may have).
 SELECT m.direction, m.body, m.input, m.raw, m.media_url, m.sid, m.user_phone, m.at
 FROM messages m JOIN users u USING (user_phone)
-WHERE m.user_phone = :u AND m.id > u.seed_after AND m.run_id IS DISTINCT FROM :run::bigint
+WHERE m.user_phone = :u AND m.id > u.seed_after AND m.run_id >= u.seed_run AND m.run_id IS DISTINCT FROM :run::bigint
     AND (m.direction = 'in' AND m.run_id IS NOT NULL OR m.state IN ('sending', 'sent', 'delivered', 'read'))
 ORDER BY m.id DESC LIMIT :n
 
@@ -185,7 +185,8 @@ WITH r AS (
 n AS (
     SELECT m.id, m.user_phone, coalesce(u.reply_to, m.user_phone) AS address, coalesce(u.mode, 'bot') AS mode,
         u.own_number, u.last_in_at < now() - interval '24 hours' AS late,
-        coalesce(u.mode, 'bot') = 'bot' OR u.mode_run = r.id OR m.user_phone <> r.user_phone AND u.mode <> 'out' AS allowed,
+        coalesce(u.mode, 'bot') = 'bot' OR u.mode_run IS NOT DISTINCT FROM r.id
+            OR m.user_phone <> r.user_phone AND u.mode <> 'out' AS allowed,
         (SELECT extract(epoch FROM p.sending_at + interval '2 s' - now())::float8 FROM messages p
             WHERE p.run_id = r.id AND p.direction = 'out' AND p.user_phone = m.user_phone AND p.id < m.id
             AND p.state = 'sent' AND NOT p.confirmed ORDER BY p.id DESC LIMIT 1) AS hold_for
@@ -302,6 +303,35 @@ WHERE thread_id = :thread RETURNING attempts
 
 -- name: hand_back
 SELECT set_mode(user_phone, 'bot', NULL, NULL) FROM users WHERE mode = 'human' AND mode_until <= now()
+
+-- name: take_turn
+-- One process in so many seconds gets a row.
+INSERT INTO hilo VALUES (:key, now()::text) ON CONFLICT (key) DO UPDATE SET value = excluded.value
+    WHERE hilo.value::timestamptz < now() - :seconds::float8 * interval '1 s' RETURNING key
+
+-- name: prune_messages
+-- A window of rows after an id: those that are old and done go, but for the last twenty of each user, which a new
+-- conversation is told. The window counts its old rows: where it has none, no later one has.
+WITH w AS MATERIALIZED (SELECT id, user_phone, run_id, at < now() - :days::int * interval '1 day' AS old
+    FROM messages WHERE id > :after ORDER BY id LIMIT :n),
+gone AS (
+    DELETE FROM messages m USING w WHERE m.id = w.id AND w.old
+        AND NOT EXISTS (SELECT 1 FROM runs r WHERE r.id = w.run_id AND r.state <> 'done') AND w.run_id IS NOT NULL
+        AND m.id < (SELECT min(k.id) FROM (SELECT id FROM messages WHERE user_phone = w.user_phone ORDER BY id DESC
+            LIMIT 20) k)
+    RETURNING m.id)
+SELECT max(id) AS upto, count(*) FILTER (WHERE old) AS old, (SELECT count(*) FROM gone) AS gone FROM w
+
+-- name: prune_runs
+-- The same for runs whose messages are gone, and for the calls and responses of all old ones.
+WITH w AS MATERIALIZED (SELECT id, state = 'done' AND finished_at < now() - :days::int * interval '1 day' AS old
+    FROM runs WHERE id > :after ORDER BY id LIMIT :n),
+calls AS (DELETE FROM tool_calls t USING w WHERE t.run_id = w.id AND w.old),
+answers AS (DELETE FROM responses p USING w WHERE p.run_id = w.id AND w.old),
+gone AS (
+    DELETE FROM runs r USING w WHERE r.id = w.id AND w.old
+        AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = r.id) RETURNING r.id)
+SELECT max(id) AS upto, count(*) FILTER (WHERE old) AS old, (SELECT count(*) FROM gone) AS gone FROM w
 
 -- name: get
 SELECT value FROM hilo WHERE key = :key

@@ -34,6 +34,7 @@ CREATE TABLE IF NOT EXISTS users (
     created_at       timestamptz NOT NULL DEFAULT now(),
     last_in_at       timestamptz                 -- the 24-hour window is open from here
 );
+ALTER TABLE users ADD COLUMN IF NOT EXISTS seed_run bigint NOT NULL DEFAULT 0; -- nor what belongs to a run before this one
 CREATE INDEX IF NOT EXISTS users_with_advisor ON users (mode_until) WHERE mode = 'human';
 
 -- Other addresses of a person than the one that the row in users is named by: WhatsApp shows a number or a username.
@@ -191,7 +192,7 @@ BEGIN
     DELETE FROM users WHERE user_phone = p_other;
     UPDATE users u SET created_at = least(u.created_at, other.created_at), language = coalesce(u.language, other.language),
         profile_name = coalesce(nullif(u.profile_name, ''), other.profile_name),
-        seed_after = greatest(u.seed_after, other.seed_after),
+        seed_after = greatest(u.seed_after, other.seed_after), seed_run = greatest(u.seed_run, other.seed_run),
         (mode, mode_since, mode_until, mode_run) = (SELECT x.mode, x.mode_since, x.mode_until, x.mode_run
             FROM (VALUES (u.mode, u.mode_since, u.mode_until, u.mode_run),
                 (other.mode, other.mode_since, other.mode_until, other.mode_run)) x (mode, mode_since, mode_until, mode_run)
@@ -270,13 +271,14 @@ BEGIN
         RETURNING r.id, r.held, extract(epoch FROM r.due_at - now())::float8;
 END $$;
 
--- Leave a user's conversation for good: nothing said up to now, or up to one message, is told to the next one, and
--- OpenAI's copy is deleted.
+-- Leave a user's conversation for good: nothing said up to now, or up to one message of the turn, is told to the next
+-- one, and OpenAI's copy is deleted. An answer to what came before that message may have been written after it came.
 DROP FUNCTION IF EXISTS forget_thread(text);
 CREATE OR REPLACE FUNCTION forget_thread(p_user text, p_sid text DEFAULT NULL) RETURNS void LANGUAGE sql AS $$
     WITH gone AS (DELETE FROM oa_threads_map WHERE user_phone = p_user RETURNING thread_id)
     INSERT INTO discarded_threads (thread_id) SELECT thread_id FROM gone ON CONFLICT DO NOTHING;
-    UPDATE users SET seed_after = greatest(seed_after, (SELECT id FROM messages WHERE sid = p_sid),
+    UPDATE users SET seed_run = coalesce((SELECT run_id FROM messages WHERE sid = p_sid), seed_run),
+        seed_after = greatest(seed_after, (SELECT id FROM messages WHERE sid = p_sid),
         CASE WHEN p_sid IS NULL THEN (SELECT max(id) FROM messages WHERE user_phone = p_user) END)
         WHERE user_phone = p_user;
 $$;

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -45,7 +46,12 @@ class ToolError(Exception):
 
 
 class PluginError(Exception):
-    """A plugin that breaks the contract; the text names the function and what to change."""
+    """A plugin that breaks the contract; the text names the function and what to change, `function` is where it stands
+    when the traceback does not tell."""
+
+    def __init__(self, text: str, function: Callable[..., Any] | None = None):
+        super().__init__(text)
+        self.function = function
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class Event:
 @dataclass
 class Context:
     """What a hook or a tool may use. `turn` holds the messages being answered, oldest first; `log` already
-    carries the run's id and the masked address; `language` is the one of the user's latest text that shows one."""
+    carries the run's id and the masked address; `language` is the one of the user's latest text that shows one, `mode`
+    who answers: bot, human (an advisor) or out (nobody)."""
 
     run_id: int | None = None
     address: str = ""
@@ -125,6 +132,7 @@ class Context:
     turn: tuple[Message, ...] = ()
     services: Any = field(default=None, repr=False)
     language: str = "es"
+    mode: str = "bot"
 
     def query(self, sql: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of one statement, committed at once; values go in as `:name` parameters only."""
@@ -160,18 +168,28 @@ class Context:
 Reply = str | Part | list[str | Part]
 
 
+def clean(value: Any) -> Any:
+    """Return texts, also inside lists and dicts, without what no database takes: NUL and halves of surrogate pairs."""
+    if isinstance(value, str):
+        return value.replace("\x00", "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
+    if isinstance(value, Mapping):
+        return {clean(key): clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def parts_of(reply: Any) -> list[Part]:
     """Return a hook's reply as parts; raises TypeError for anything but a string, a Part or a list of them."""
     items: Iterable[Any] = reply if isinstance(reply, (list, tuple)) else [reply]
     parts = []
     for item in items:
         if isinstance(item, str):
-            if item.strip():
-                parts.append(Part(text=item))
+            text, rest = clean(item), {}
         elif isinstance(item, Part):
-            parts.append(item)
+            text, rest = clean(item.text), {**vars(item), "variables": clean(item.variables)}
         else:
             raise TypeError(f"a reply is a string, a Part or a list of them, not {type(item).__name__}")
+        if text.strip() or rest.get("media_url") or rest.get("content_sid"):
+            parts.append(Part(**{**rest, "text": text}))
     return parts
 
 
@@ -423,11 +441,20 @@ def _faults(error: pydantic.ValidationError) -> str:
     )
 
 
-def author_line(error: BaseException, folder: Path = Path(__file__).parent) -> str:
-    """Return "file.py:12" for the last frame of a traceback in the author's own code, "" where there is none."""
-    frames = inspect.getinnerframes(error.__traceback__, context=0) if error.__traceback__ else []
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{Path(error.filename).name}:{error.lineno}"
-    foreign = (__file__, str(folder.parent / "gateway.py"), "site-packages", "importlib")
-    own = [frame for frame in frames if not any(name in frame.filename for name in foreign)]
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+def author_line(error: BaseException) -> str:
+    """Return "file.py:12" for the line of the author's own file that led to an error, "" where there is none."""
+    code = getattr(getattr(error, "function", None), "__code__", None)
+    if code:
+        return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+    if isinstance(error, SyntaxError) and Path(error.filename or "").exists():
+        return f"{Path(error.filename or '').name}:{error.lineno}"
+    lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [(file, line) for file, line in lines if not _is_ours(file)]
+    # The author's file is the first that is not ours; what it calls, the standard library say, may lie deeper.
+    return next((f"{file.name}:{line}" for file, line in reversed(theirs) if file == theirs[0][0]), "")
+
+
+def _is_ours(file: Path) -> bool:
+    """Tell whether a file is part of what calls plugins: the core, the contract or the import system."""
+    here = Path(__file__).parent
+    return file.parent == here.parent or file in (Path(__file__), here / "_plugins.py") or "importlib" in str(file)
