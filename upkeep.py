@@ -23,6 +23,8 @@ SETTLED = 60.0  # seconds: a message younger than this may still come by webhook
 OVERLAP = timedelta(seconds=30)  # looked at again, for messages that Twilio lists late
 EVERY = 300.0  # seconds between catch-ups; SETTLED after an outage of the database
 TICK = 5.0  # seconds
+PRUNE_EVERY = 24 * 3600.0  # seconds, by one of all processes
+PRUNE_BATCH = 1000  # rows looked at in one transaction
 
 log = logging.getLogger("hilo")
 
@@ -34,13 +36,13 @@ class Upkeep:
         self.gateway = gateway
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.work, name="upkeep", daemon=True)
-        self.next_catch_up = time.monotonic()
+        self.next_catch_up = self.next_prune = time.monotonic()
         self.last_outage = time.monotonic()  # what came while no process was there is missing too
 
     def work(self) -> None:
         """Tick until stopped; a failure is logged and tried again."""
         while not self.stopping.is_set():
-            for job in (self.catch_up, self.delete_discarded, self.hand_back, *self.gateway.chores):
+            for job in (self.catch_up, self.delete_discarded, self.hand_back, self.prune, *self.gateway.chores):
                 self.attempt(job)
             self.stopping.wait(TICK)
 
@@ -109,6 +111,28 @@ class Upkeep:
         """Give conversations back to the assistant when an advisor's time is up."""
         for _ in self.gateway.db.all("hand_back"):
             log.info("🧵 an advisor's time is up: back to the assistant")
+
+    def prune(self) -> None:
+        """Once a day, in small batches, remove what is older than RETENTION_DAYS; never what is not done."""
+        days = self.gateway.settings.retention_days
+        if not days or time.monotonic() < self.next_prune:
+            return
+        self.next_prune = time.monotonic() + PRUNE_EVERY / 24
+        if not self.gateway.db.one("take_turn", key="pruned_at", seconds=PRUNE_EVERY - 60):
+            return
+        gone = {name: self.sweep(f"prune_{name}", days) for name in ("messages", "runs")}
+        if any(gone.values()):
+            log.info("older than %d days: %d messages and %d runs removed", days, gone["messages"], gone["runs"])
+
+    def sweep(self, statement: str, days: int) -> int:
+        """Return how many rows one pass over a table has removed, from the oldest on."""
+        after = gone = 0
+        while not self.stopping.wait(0.02):
+            row = self.gateway.db.one(statement, after=after, n=PRUNE_BATCH, days=days)
+            if row is None or not row["old"]:
+                break
+            after, gone = row["upto"], gone + row["gone"]
+        return gone
 
     def stop(self) -> None:
         """Stop after the job in hand; does not wait longer than a tick."""

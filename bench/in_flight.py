@@ -24,7 +24,8 @@ client = openai.OpenAI(api_key="sk-local", base_url=openai_url, max_retries=0)
 twilio = Client(account, token, http_client=make_transport(twilio_url, 30.0))
 def turn(sender, text):
     conversation = client.conversations.create()
-    made = client.responses.create(model="gpt-6-luna", conversation=conversation.id, background=True, store=True, input=text)
+    made = client.responses.create(
+        model="gpt-6-luna", conversation=conversation.id, background=True, store=True, input=text)
     while made.status in ("queued", "in_progress"):
         time.sleep(0.5)
         made = client.responses.retrieve(made.id)
@@ -88,7 +89,8 @@ def ours(count: int, ramp: float, steady: float) -> None:
             send(stage.url, 1_000_000, int(steady * 20), steady)
             answered(stage, count + int(steady * 20), 30)
             lag = get(f"{stage.twilio_url}/_stats?since={since}")["lag_ms"]
-            print(f"gateway at {steady:.0f}/s: completed to reply p50 {lag['p50']:.0f} ms, p95 {lag['p95']:.0f} ms", flush=True)
+            times = f"p50 {lag['p50']:.0f} ms, p95 {lag['p95']:.0f} ms"
+            print(f"gateway at {steady:.0f}/s: completed to reply {times}", flush=True)
         finally:
             stage.stop()
 
