@@ -30,8 +30,10 @@ def test_old_turns_are_removed_but_the_last_twenty_lines(start: Callable[..., Hi
     hilo = start(RETENTION_DAYS="0")
     fill(hilo, ANA, 30, 400)
     fill(hilo, "whatsapp:+5215511110002", 5, 400)
-    calls = "INSERT INTO tool_calls (call_id, run_id, response_id, name, arguments) "
-    hilo.rows(calls + "SELECT 'c' || id, id, 'r', 'f', '{}' FROM runs")
+    hilo.rows(
+        "INSERT INTO tool_calls (call_id, run_id, response_id, name, arguments) "
+        "SELECT 'c' || id, id, 'r', 'f', '{}' FROM runs"
+    )
     later = start(RETENTION_DAYS="90")
     wait_for(lambda: counts(later) == {"messages": 25, "runs": 25})
     assert later.rows("SELECT count(*) AS n FROM tool_calls")[0]["n"] == 0
@@ -40,8 +42,9 @@ def test_old_turns_are_removed_but_the_last_twenty_lines(start: Callable[..., Hi
 def test_what_is_not_done_stays_whatever_its_age(start: Callable[..., Hilo]) -> None:
     hilo = start(RETENTION_DAYS="0", WORKER_THREADS="0")
     fill(hilo, ANA, 30, 400)
-    waiting = "UPDATE runs SET state = 'waiting', due_at = now() + interval '1 day'"
-    hilo.rows(waiting + " WHERE id = (SELECT min(id) FROM runs)")
+    hilo.rows(
+        "UPDATE runs SET state = 'waiting', due_at = now() + interval '1 day' WHERE id = (SELECT min(id) FROM runs)"
+    )
     later = start(RETENTION_DAYS="90", WORKER_THREADS="0")
     wait_for(lambda: counts(later) == {"messages": 21, "runs": 21})
     assert later.rows("SELECT count(*) AS n FROM runs WHERE state = 'waiting'")[0]["n"] == 1

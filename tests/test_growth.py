@@ -1,0 +1,81 @@
+"""The cost of a turn does not grow with what is stored: every statement finds its rows by an index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pg8000.native
+import pytest
+
+from database import QUERIES, Database
+from simulator import Simulator
+from tests.conftest import ANA, WEBHOOK_SECRET, Hilo
+from tests.local_openai import LocalOpenAI, course_assistant
+
+BIG = ("messages", "runs", "responses", "tool_calls", "users", "oa_threads_map")
+ONCE_A_DAY = {"prune_messages", "prune_runs"}  # they walk along the primary key, a window at a time
+
+FILL = """
+WITH u AS (INSERT INTO users (user_phone, reply_to) SELECT 'whatsapp:+1' || n, 'whatsapp:+1' || n
+    FROM generate_series(1, 2000) n RETURNING user_phone),
+t AS (INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, 'conv_' || user_phone FROM u),
+r AS (INSERT INTO runs (user_phone, state, due_at, outcome, finished_at)
+    SELECT user_phone, CASE WHEN k > 9 THEN 'waiting' ELSE 'done' END, now() + interval '1 day', 'answered', now()
+    FROM u, generate_series(1, 10) k RETURNING id, user_phone),
+a AS (INSERT INTO responses (id, run_id) SELECT 'resp_' || id, id FROM r),
+c AS (INSERT INTO tool_calls (call_id, run_id, response_id, name, arguments)
+    SELECT 'call_' || id, id, 'resp_' || id, 'f', '{}' FROM r)
+INSERT INTO messages (sid, user_phone, direction, body, run_id, state)
+SELECT d || id, user_phone, d, 'hola', id, CASE d WHEN 'out' THEN 'sent' END FROM r, unnest(ARRAY['in', 'out']) d
+"""
+
+
+def scans(db: Database) -> dict[str, int]:
+    """Return how often each table was read from end to end, as finished sessions reported it."""
+    rows = db.rows("SELECT relname, seq_scan FROM pg_stat_user_tables")
+    return {row["relname"]: row["seq_scan"] for row in rows if row["relname"] in BIG}
+
+
+def test_turns_on_a_full_database_read_no_table_from_end_to_end(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    own = Database(database_url, 1)
+    own.rows(FILL)
+    with own.connection() as connection:
+        connection.run("ANALYZE")
+    hilo = start(OPENAI_WEBHOOK_SECRET=WEBHOOK_SECRET, RETENTION_DAYS="0")
+    openai_server.model = course_assistant
+    before = scans(own)
+    for n in range(3):
+        twilio.receive(ANA, f"curso de excel {n}")
+        twilio.wait_for(ANA, n + 1)
+    twilio.wait_until(lambda: all(message.status == "read" for message in twilio.sent_to(ANA)))
+    hilo.stop()
+    own.close()
+    own = Database(database_url, 1)
+    assert scans(own) == before
+    own.close()
+
+
+@pytest.mark.parametrize("name", sorted(set(QUERIES) - ONCE_A_DAY))
+def test_statement_needs_no_scan_of_a_table(name: str, database_url: str) -> None:
+    db = Database(database_url, 1)
+    with db.connection() as connection:
+        if int(connection.run("SHOW server_version_num")[0][0]) < 160000:
+            pytest.skip("EXPLAIN (GENERIC_PLAN) came with PostgreSQL 16")
+        connection.run("SET enable_seqscan = off")
+        statement, _ = pg8000.native.to_statement(QUERIES[name])
+        plan = connection.run(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {statement}")[0][0]
+    db.close()
+    assert not [node for node in nodes(plan[0]["Plan"]) if scanned(node)]
+
+
+def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a plan's nodes."""
+    return [plan, *(node for child in plan.get("Plans", ()) for node in nodes(child))]
+
+
+def scanned(node: dict[str, Any]) -> bool:
+    """Tell whether a node reads a big table, or an index without a condition, from end to end."""
+    return node["Node Type"] == "Seq Scan" and node["Relation Name"] in BIG
