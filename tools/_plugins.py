@@ -20,7 +20,7 @@ import pluggy
 import pydantic_core
 
 import tools
-from tools import Context, Event, PluginError, Tool, ToolError
+from tools import Context, Event, PluginError, Tool, ToolError, clean
 
 HERE = Path(__file__).parent
 SLOTS = threading.BoundedSemaphore(16)  # tool calls that run at one time
@@ -197,7 +197,8 @@ class ToolCall:
 
     def __init__(self, tool: Tool, arguments: str, context: Context, save: Callable[[str, bool, int], bool]):
         self.tool, self.arguments, self.context, self.save = tool, arguments, context, save
-        self.begun = self.saved = False
+        self.begun = self.saved = self.left = False
+        self.places: list[bool] = []  # holds one while the call has a place among SLOTS
         self.began = time.monotonic()
         self.thread = threading.Thread(target=self.work, name=f"tool {tool.name}", daemon=True)
         self.thread.start()
@@ -206,13 +207,21 @@ class ToolCall:
         """Call the function and record what it returned, or what the model is told instead."""
         if not SLOTS.acquire(timeout=self.tool.timeout):
             return
+        self.places.append(True)
         try:
             self.begun = True
-            self.save(*self.output(), self.milliseconds)
-            self.saved = True
+            if not self.left:
+                self.save(*self.output(), self.milliseconds)
+                self.saved = True
         except Exception as error:  # the database is away: the call counts as begun, with an unknown outcome
             self.context.log.warning("⚠️ output of %s not saved: %s", self.tool.name, type(error).__name__)
         finally:
+            self.give_place_back()
+
+    def give_place_back(self) -> None:
+        """Let another call begin: this one has ended, or is left behind and may hang for ever."""
+        with contextlib.suppress(IndexError):
+            self.places.pop()
             SLOTS.release()
 
     @property
@@ -226,10 +235,10 @@ class ToolCall:
             value = self.tool.call(self.arguments, self.context)
             text = value if isinstance(value, str) else pydantic_core.to_json(value, inf_nan_mode="null").decode()
             self.context.log.debug("· tool_ran")
-            return text.replace("\x00", ""), True
+            return clean(text), True
         except ToolError as error:
-            return problem(str(error)), False
-        except Exception as error:
+            return problem(clean(str(error))), False
+        except (Exception, SystemExit) as error:
             where = tools.author_line(error)
             self.context.log.error("⚠️ tool %s failed (%s): %s: %s", self.tool.name, where, type(error).__name__, error)
             log.debug("traceback", exc_info=error)
@@ -238,6 +247,8 @@ class ToolCall:
     def wait(self, end: float) -> None:
         """Wait for the call within its limit and `end` (monotonic); past them the model is told, the thread left."""
         self.thread.join(max(0.0, min(self.began + self.tool.timeout, end) - time.monotonic()))
+        self.left = True
         if not self.saved:
             told = UNKNOWN_OUTCOME if self.tool.side_effects and self.begun else problem("no terminó a tiempo")
             ToolCall.abandoned += self.save(told, False, self.milliseconds)
+            self.give_place_back()
