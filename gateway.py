@@ -1082,7 +1082,13 @@ class Server:
             clear_untrusted_proxy_headers=True, ident=None,
         )  # fmt: skip
         self.port = self.server.effective_port
-        self.thread = threading.Thread(target=self.server.run, name="web", daemon=True)
+        self.ended = False
+        self.thread = threading.Thread(target=self.run, name="web", daemon=True)
+
+    def run(self) -> None:
+        """Answer requests until the end."""
+        while not self.ended:
+            self.server.asyncore.loop(timeout=1, map=self.server._map, use_poll=True, count=1)
 
     def drain(self, seconds: float = 5.0) -> None:
         """Stop listening, and return when the requests in hand are answered."""
@@ -1090,9 +1096,11 @@ class Server:
         end, channels = time.monotonic() + seconds, self.server.active_channels
         while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
             time.sleep(0.02)
-        self.server.trigger.pull_trigger(lambda: self.server.asyncore.close_all(self.server._map))
-        self.thread.join(1.0)
+        self.ended = True
+        self.server.pull_trigger()
+        self.thread.join(2.0)
         self.server.task_dispatcher.shutdown(timeout=1)
+        self.server.asyncore.close_all(self.server._map)
 
 
 # --- Main -------------------------------------------------------------------------------------------------
