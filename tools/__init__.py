@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import traceback
 import types
 import typing
@@ -300,6 +301,8 @@ def make_tool(function: Callable[..., Any], side_effects: bool = False, timeout:
     name = getattr(function, "__name__", repr(function))
     if not inspect.isfunction(function) or name == "<lambda>":
         raise PluginError(f"register({name}): needs a function defined with def")
+    if not re.fullmatch("[a-zA-Z0-9_]{1,64}", name):
+        raise PluginError(f"{name}: a tool's name has at most 64 letters (a to z, without accents), digits and _")
     if inspect.iscoroutinefunction(function):
         raise PluginError(f"{name}: tools are ordinary functions, not async ones")
     description = inspect.getdoc(function)
