@@ -1,0 +1,797 @@
+"""Plugins: each hook, what its results mean, and what becomes of a plugin that is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from settings import Assistant
+from simulator import Simulator
+from tests.conftest import ANA, Hilo, wait_for
+from tests.local_openai import LocalOpenAI, calls, fails, says, script
+from tests.test_webhooks import request
+from tools import Context, Event, Message, Part, ToolError, hookimpl
+from tools._plugins import Plugins, ToolCall
+
+GOOD = """
+from tools import hookimpl
+
+def saluda(nombre: str) -> str:
+    '''Saluda a alguien.'''
+    return f"hola, {nombre}"
+
+@hookimpl
+def register_tools(register):
+    register(saluda)
+"""
+
+
+@pytest.fixture
+def direct(start: Callable[..., Hilo], openai_server: LocalOpenAI) -> Hilo:
+    """A gateway on a model that answers at once."""
+    openai_server.ignores_background = True
+    return start()
+
+
+def creates(server: LocalOpenAI) -> list[dict[str, Any]]:
+    """The bodies of the calls that created a response, in order."""
+    return [request.body for request in server.requests if (request.method, request.path) == ("POST", "/v1/responses")]
+
+
+def told(server: LocalOpenAI) -> list[Any]:
+    """What the model was told that the user said, in the last call."""
+    return [item["content"] for item in creates(server)[-1]["input"] if item.get("role") == "user"]
+
+
+def bodies(twilio: Simulator, count: int) -> list[str]:
+    """The texts sent to Ana, once there are so many."""
+    return [message.body for message in twilio.wait_for(ANA, count)]
+
+
+def broken(*_: Any) -> Any:
+    """A hook that fails."""
+    raise RuntimeError("se rompió")
+
+
+# --- Each hook --------------------------------------------------------------------------------------------
+
+
+def test_hook_register_tools(direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+    def saluda(context: Context, nombre: str) -> str:
+        """Saluda a alguien."""
+        return f"hola, {nombre}, de parte de {context.profile_name}"
+
+    report = direct.plug(register_tools=lambda register: register(saluda, side_effects=True, timeout=3))
+    assert (report.tools, report.hooks) == (["saluda"], ["register_tools"])
+    tool = direct.gateway.plugins.tools["saluda"]
+    assert (tool.side_effects, tool.timeout, tool.description) == (True, 3.0, "Saluda a alguien.")
+    openai_server.model = script([calls(("saluda", {"nombre": "Luis"})), says("Saludado.")])
+    twilio.receive(ANA, "saluda a Luis", profile_name="Ana")
+    assert bodies(twilio, 1) == ["Saludado."]
+    assert [item["output"] for item in creates(openai_server)[1]["input"]] == ["hola, Luis, de parte de Ana"]
+
+
+PICTURE = [{"type": "input_text", "text": "una foto"}, {"type": "input_image", "image_url": "https://x.mx/a.png"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (None, "¿qué es esto?"),
+        ("[una nota de voz] hola", "[una nota de voz] hola"),
+        (PICTURE, PICTURE),
+        ([], "¿qué es esto?"),
+        ("  ", "¿qué es esto?"),
+        (7, "¿qué es esto?"),
+        ("ho\x00la\ud83d", "hola"),
+    ],
+    ids=["None", "text", "parts", "empty list", "blank", "wrong type", "bad characters"],
+)
+def test_hook_message_to_input(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, given: Any, read: Any
+) -> None:
+    direct.plug(message_to_input=lambda message, context: given)
+    twilio.receive(ANA, "¿qué es esto?")
+    twilio.wait_for(ANA, 1)
+    assert told(openai_server) == [read]
+
+
+def test_hook_message_to_input_is_asked_once_and_its_result_is_told_later_on(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    asked = []
+
+    def message_to_input(message: Message, context: Context) -> str:
+        asked.append(message.text)
+        return f"«{message.text}»"
+
+    direct.plug(message_to_input=message_to_input)
+    openai_server.model = script([fails(), says("uno"), says("dos")], shared=True)
+    twilio.receive(ANA, "a")  # fails once: asked for again on another conversation
+    twilio.wait_for(ANA, 1)
+    direct.done()
+    direct.rows("DELETE FROM oa_threads_map")
+    twilio.receive(ANA, "b")
+    twilio.wait_for(ANA, 2)
+    assert asked == ["a", "b"]
+    seeded = [r.body["items"] for r in openai_server.requests if r.path == "/v1/conversations" and r.body.get("items")]
+    assert [item["content"] for item in seeded[-1]] == ["«a»", "uno"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (None, ["Eco: hola"]),
+        ("", []),
+        ([], []),
+        ("Ya voy.", ["Ya voy."]),
+        (Part(text="Ya voy."), ["Ya voy."]),
+        (["uno", Part(text="dos"), "tres"], ["uno", "dos", "tres"]),
+        (["uno", " ", Part(text="  ")], ["uno"]),
+        (7, ["Eco: hola"]),
+        (["uno", 7], ["Eco: hola"]),
+        ("x" * 2000, ["x" * 1600, "x" * 400]),
+        ("ho\x00la\ud83d", ["hola"]),
+    ],
+    ids=[
+        "None",
+        "empty",
+        "empty list",
+        "str",
+        "Part",
+        "list",
+        "blanks",
+        "wrong type",
+        "wrong item",
+        "long",
+        "bad chars",
+    ],
+)
+def test_hook_incoming_message(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, given: Any, sent: list[str]
+) -> None:
+    direct.plug(incoming_message=lambda message, context: given)
+    twilio.receive(ANA, "hola")
+    (run,) = direct.done()
+    assert [message.body for message in twilio.sent_to(ANA)] == sent
+    answered = sent[:1] == ["Eco: hola"]
+    assert run["outcome"] == ("answered" if answered else "intercepted")
+    assert len(creates(openai_server)) == answered
+
+
+def test_hook_incoming_message_is_asked_for_each_message_in_order_and_the_rest_goes_to_the_model(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    hilo = start(BURST_SECONDS="0.5")
+    openai_server.ignores_background = True
+    asked = []
+
+    def incoming_message(message: Message) -> str | None:
+        asked.append(message.text)
+        return "¡Pong!" if message.text == "ping" else None
+
+    hilo.plug(incoming_message=incoming_message)
+    for text in ("hola", "ping", "adiós"):
+        twilio.receive(ANA, text)
+    assert bodies(twilio, 2) == ["¡Pong!", "Eco: hola\nadiós"]
+    assert asked == ["hola", "ping", "adiós"] and len(hilo.done()) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "instructions"), [(None, "curso"), ("ventas", "Vende."), ("nadie", "curso"), (7, "curso")]
+)
+def test_hook_choose_assistant(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, chosen: Any, instructions: str
+) -> None:
+    sales = Assistant.model_validate({"name": "ventas", "model": "gpt-6-sol", "instructions": "Vende.", "tools": []})
+    direct.gateway.journey.assistants["ventas"] = sales
+    direct.plug(choose_assistant=lambda message, context: chosen)
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 1)
+    (body,) = creates(openai_server)
+    assert instructions in body["instructions"]
+    assert (body["model"], body["tools"] == []) == (
+        ("gpt-6-sol", True) if chosen == "ventas" else ("gpt-6-luna", False)
+    )
+    assert direct.done()[0]["assistant"] == ("ventas" if chosen == "ventas" else "cursos")
+
+
+@pytest.mark.parametrize(
+    ("reason", "more", "harm"),
+    [
+        ("no_assistant", {"OPENAI_API_KEY": ""}, None),
+        ("no_assistant", {"ASSISTANT_ID": ""}, None),
+        ("no_assistant", {"ASSISTANT_ID": "asst_abc123"}, None),
+        ("disabled", {"THREADS_INTEGRATION_ENABLED": "false"}, None),
+        ("openai_down", {"THREADS_RUN_TIMEOUT": "1"}, "down"),
+        ("error", {}, "fails"),
+    ],
+)
+def test_hook_fallback_reply(
+    start: Callable[..., Hilo],
+    twilio: Simulator,
+    openai_server: LocalOpenAI,
+    reason: str,
+    more: dict[str, str],
+    harm: str | None,
+) -> None:
+    hilo = start(**more)
+    openai_server.ignores_background = True
+    openai_server.down = harm == "down"
+    openai_server.model = fails("invalid_prompt") if harm == "fails" else says("Hola.")
+    seen = []
+
+    def fallback_reply(message: Message, reason: str, context: Context) -> list[str | Part]:
+        seen.append((message.text, reason))
+        return ["Por ahora no.", Part(text="Prueba más tarde.")]
+
+    hilo.plug(fallback_reply=fallback_reply)
+    twilio.receive(ANA, "hola")
+    assert bodies(twilio, 2) == ["Por ahora no.", "Prueba más tarde."]
+    assert seen == [("hola", reason)]
+    assert (hilo.done()[0]["outcome"], hilo.done()[0]["reason"]) == ("fallback", reason)
+
+
+def test_hook_fallback_reply_that_nobody_gives_is_an_apology(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    hilo = start(OPENAI_API_KEY="")
+    for name in [name for name, report in hilo.gateway.plugins.reports.items() if "fallback_reply" in report.hooks]:
+        hilo.gateway.plugins.unload(name)
+    twilio.receive(ANA, "hello, what courses do you have?")
+    assert bodies(twilio, 1)[0].startswith("Sorry, I could not answer you")
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (None, ["*Hola*"]),
+        ("¡Hola!", ["¡Hola!"]),
+        (["uno", Part(text="dos")], ["uno", "dos"]),
+        ([], []),
+        ("y" * 1601, ["y" * 1600, "y"]),
+        (object(), ["*Hola*"]),
+    ],
+    ids=["None", "str", "list", "empty list", "long", "wrong type"],
+)
+def test_hook_format_reply(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, given: Any, sent: list[str]
+) -> None:
+    openai_server.model = says("**Hola**")
+    seen = []
+
+    def format_reply(text: str, message: Message, context: Context) -> Any:
+        seen.append((text, message.text))
+        return given
+
+    direct.plug(format_reply=format_reply)
+    twilio.receive(ANA, "hola")
+    assert direct.done()[0]["outcome"] == "answered"
+    assert [message.body for message in twilio.sent_to(ANA)] == sent
+    assert seen == [("**Hola**", "hola")]
+
+
+def test_hook_format_reply_with_media_and_templates(direct: Hilo, twilio: Simulator) -> None:
+    template = "HX" + "a" * 32
+    parts = [Part("El temario", "https://x.mx/temario.pdf"), Part(content_sid=template, variables={"1": "Ana"})]
+    direct.plug(format_reply=lambda text: parts)
+    twilio.receive(ANA, "el temario, por favor")
+    media, card = twilio.wait_for(ANA, 2)
+    assert (media.body, [item.url for item in media.media]) == ("El temario", ["https://x.mx/temario.pdf"])
+    assert (card.content_sid, card.variables) == (template, {"1": "Ana"})
+
+
+def test_hook_track_event(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    hilo = start()
+    openai_server.ignores_background = True
+    seen: list[Event] = []
+    hilo.plug(track_event=lambda event: seen.append(event))
+    hilo.plug(track_event=lambda event: broken())
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 1)
+    run = hilo.done()[0]
+    wait_for(lambda: [event for event in seen if event.name == "run_finished"])
+    (event,) = [event for event in seen if event.name == "run_finished"]
+    assert (event.run_id, event.address, event.data["outcome"]) == (run["id"], ANA, "answered")
+    assert json.dumps(dict(event.data))
+    assert any("track_event" in line and "se rompió" in line for line in caplog.messages)
+    twilio.receive(ANA, "BAJA")
+    wait_for(lambda: "opted_out" in [event.name for event in seen])
+
+
+def test_hook_track_event_that_hangs_holds_up_no_turn(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    release = threading.Event()
+    direct.plug(track_event=lambda event: release.wait(30))
+    for n in range(3):
+        twilio.receive(ANA, f"m{n}")
+        twilio.wait_for(ANA, n + 1)
+        direct.done(n + 1)
+    release.set()
+
+
+# --- Installed packages -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install a module as a package with an entry point in group hilo.tools."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made: list[str] = []
+
+    def installer(module: str, source: str, target: str = "") -> None:
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[hilo.tools]\nmio = {target or module}\n")
+        importlib.invalidate_caches()
+        made.append(module)
+
+    yield installer
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+def test_entry_point_is_a_plugin(install: Callable[..., None]) -> None:
+    install("paquete_saludo", GOOD)
+    plugins = Plugins()
+    report = plugins.reports["mio"]
+    assert (report.file, report.tools, report.error) == ("paquete_saludo:paquete_saludo", ["saluda"], None)
+    assert "buscar_curso" in plugins.tools  # beside the files in tools/
+
+
+def test_two_packages_with_one_entry_point_name_are_both_there(install: Callable[..., None]) -> None:
+    install("paquete_uno", GOOD)
+    install("paquete_dos", GOOD.replace("saluda", "despide"))
+    plugins = Plugins()
+    assert {"saluda", "despide"} <= set(plugins.tools)
+    assert not [report for report in plugins.reports.values() if report.error]
+
+
+def test_entry_point_that_is_not_there_is_reported_with_its_package(install: Callable[..., None]) -> None:
+    install("paquete_vacio", "", "paquete_que_no_existe")
+    report = Plugins().reports["mio"]
+    assert report.file == "paquete_vacio:paquete_que_no_existe"
+    assert report.error == "ModuleNotFoundError: No module named 'paquete_que_no_existe'"
+
+
+def test_hook_register_routes(install: Callable[..., None], start: Callable[..., Hilo]) -> None:
+    install(
+        "paquete_paginas",
+        """
+        from tools import hookimpl
+
+        @hookimpl
+        def register_routes(app, context):
+            saludo = context.settings.get("SALUDO", "hola")
+            app.route("/saludo", callback=lambda: saludo + " " + str(context.query("SELECT 7 AS n")[0]["n"]))
+            app.route("/falla", callback=lambda: 1 / 0)
+        """,
+    )
+    hilo = start(WORKER_THREADS="0", SALUDO="buenas")
+    assert request(hilo, "GET", "/saludo") == (200, "buenas 7")
+    assert request(hilo, "GET", "/falla")[0] == 500
+    assert request(hilo, "GET", "/")[0] == 200
+
+
+# --- Who is asked, and in which order ---------------------------------------------------------------------
+
+
+def test_raising_implementation_is_logged_with_its_line_and_the_next_is_asked(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    direct.plug(format_reply=lambda text: "del siguiente")
+    direct.plug(format_reply=lambda text: broken(), incoming_message=lambda message: sys.exit(3))
+    direct.plug(message_to_input=lambda message: json.loads("{"), choose_assistant=lambda: broken())
+    twilio.receive(ANA, "hola")
+    assert bodies(twilio, 1) == ["del siguiente"]
+    failed = [line for line in caplog.messages if "failed" in line]
+    assert [line.split(" in ")[0].split("⚠️ ")[1] for line in failed] == [
+        "incoming_message", "choose_assistant", "message_to_input", "format_reply",
+    ]  # fmt: skip
+    assert all("(test_plugins.py:" in line and line.startswith("run=") for line in failed)
+
+
+def test_later_plugin_is_asked_first_and_the_built_in_last(direct: Hilo, twilio: Simulator) -> None:
+    asked: list[str] = []
+
+    def built_in(text: str) -> str:
+        asked.append("built-in")
+        return "del último"
+
+    direct.plug(format_reply=lambda text: asked.append("first"))
+    direct.plug(format_reply=lambda text: asked.append("second"))
+    direct.plug(format_reply=hookimpl(built_in, trylast=True))
+    plugins = direct.gateway.plugins
+    names = [implementation.plugin_name for implementation in plugins.implementations("format_reply")]
+    assert names.index("tools.formato_whatsapp") > 1  # declared trylast itself
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 1)
+    assert asked[:2] == ["second", "first"]
+
+
+# --- A plugin that is wrong -------------------------------------------------------------------------------
+
+HEAD = "from tools import Context, hookimpl\n"
+TOOL = "@hookimpl\ndef register_tools(register):\n    register(f)\n"
+WRONG: dict[str, tuple[str | bytes, str]] = {
+    "misspelt hook": (HEAD + "@hookimpl\ndef fallback_repply(message): ...", r"mal.py:2: .*fallback_repply is no hook"),
+    "wrong argument": (
+        HEAD + "@hookimpl\ndef format_reply(texto): ...",
+        r"mal.py:2: .*format_reply is not given 'texto'",
+    ),
+    "wrapper": (HEAD + "@hookimpl(wrapper=True)\ndef format_reply(text):\n    yield", r"mal.py:2: .*wrappers"),
+    "no hookimpl": (HEAD + "def format_reply(text): ...", "no function marked @hookimpl"),
+    "syntax error": (HEAD + "def f(:\n    pass", r"mal.py:2: SyntaxError"),
+    "import error": (HEAD + "\nimport no_existe_este_modulo", r"mal.py:3: ModuleNotFoundError: .*no_existe"),
+    "name error": (HEAD + "x = 1\ny = z", r"mal.py:3: NameError"),
+    "deep in the library": (HEAD + "import json\njson.loads('{')", r"mal.py:3: JSONDecodeError"),
+    "sys.exit at import": (HEAD + "import sys\nsys.exit(1)", r"mal.py:3: SystemExit: 1"),
+    "not UTF-8": (b"x = '\xff'", "SyntaxError"),
+    "NUL": (b"x = 1\x00", "SyntaxError|ValueError"),
+    "register_tools fails": (
+        HEAD + "@hookimpl\ndef register_tools(register):\n    1 / 0",
+        r"mal.py:4: ZeroDivisionError",
+    ),
+    "no docstring": (HEAD + "def f(a: int): ...\n" + TOOL, r"mal.py:5: PluginError: f: needs a docstring"),
+    "no type hint": (
+        HEAD + "def f(a):\n    'F.'\n" + TOOL,
+        r"mal.py:6: PluginError: f: parameter 'a' needs a type hint",
+    ),
+    "type without a schema": (HEAD + "def f(a: object()):\n    'F.'\n" + TOOL, r"mal.py:6: PluginError: f: "),
+    "any": (
+        HEAD + "from typing import Any\ndef f(a: Any):\n    'F.'\n" + TOOL,
+        r"mal.py:7: PluginError: f: f.a accepts anything",
+    ),
+    "unknown name": (HEAD + "def f(a: 'Nada'):\n    'F.'\n" + TOOL, r"mal.py:6: PluginError: f: .*Nada"),
+    "dict": (
+        HEAD + "def f(a: dict[str, int]):\n    'F.'\n" + TOOL,
+        r"mal.py:6: PluginError: f: f.a is a free-form object",
+    ),
+    "tuple": (HEAD + "def f(a: tuple[int, str]):\n    'F.'\n" + TOOL, r"mal.py:6: PluginError: f: f.a is a tuple"),
+    "star": (HEAD + "def f(*a: int):\n    'F.'\n" + TOOL, r"mal.py:6: PluginError: f: \*a"),
+    "async": (HEAD + "async def f():\n    'F.'\n" + TOOL, r"mal.py:6: PluginError: f: tools are ordinary functions"),
+    "lambda": (HEAD + "f = lambda: 1\n" + TOOL, r"mal.py:5: PluginError: .*defined with def"),
+    "name with an accent": (HEAD + "def año():\n    'F.'\nf = año\n" + TOOL, r"mal.py:7: PluginError: año: .*letters"),
+    "long name": (
+        HEAD + f"def {'f' * 65}():\n    'F.'\nf = {'f' * 65}\n" + TOOL,
+        r"mal.py:7: PluginError: f{65}: .*64",
+    ),
+    "bad timeout": (
+        HEAD + "def f():\n    'F.'\n@hookimpl\ndef register_tools(register):\n    register(f, timeout=0)",
+        r"mal.py:6: PluginError: f: timeout=0",
+    ),
+    "unknown option": (
+        HEAD + "def f():\n    'F.'\n@hookimpl\ndef register_tools(register):\n    register(f, retries=2)",
+        r"mal.py:6: TypeError: .*retries",
+    ),
+    "duplicate": (
+        HEAD + "def saluda():\n    'F.'\nf = saluda\n" + TOOL,
+        r"mal.py:7: PluginError: .*saluda.*another tool",
+    ),
+    "twice": (HEAD + "def f():\n    'F.'\n" + TOOL + "    register(f)", r"mal.py:7: PluginError: .*another tool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_plugin_is_reported_by_file_and_line_and_leaves_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    source, error = WRONG[case]
+    folder = tmp_path / f"con_plugins_{tmp_path.name.replace('-', '_')}"
+    folder.mkdir()
+    (folder / "bien.py").write_text(GOOD)
+    (folder / "mal.py").write_bytes(source if isinstance(source, bytes) else source.encode())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    plugins = Plugins([f"{folder.name}.bien", f"{folder.name}.mal"])
+    good, bad = plugins.reports.values()
+    assert (good.error, good.tools, list(plugins.tools)) == (None, ["saluda"], ["saluda"])
+    assert bad.error and re.search(error, bad.error), bad.error
+    assert "\n" not in bad.error and "_plugins.py" not in bad.error and "__init__.py" not in bad.error
+    assert (bad.tools, bad.hooks) == ([], []) and bad.file == f"{folder.name}/mal.py"
+    assert [line for line in caplog.messages if f"{folder.name}/mal.py" in line]
+
+
+def test_hooks_of_a_plugin_that_failed_are_never_called(direct: Hilo, twilio: Simulator) -> None:
+    def register_tools(register: Callable[..., None]) -> None:
+        register(print)
+
+    report = direct.plug(incoming_message=lambda message: "no debería", register_tools=register_tools)
+    assert report.error and "print" in report.error
+    report = direct.plug(incoming_message=lambda message: "tampoco", format_reply=lambda texto: "ni esto")
+    assert report.error
+    twilio.receive(ANA, "hola")
+    assert bodies(twilio, 1) == ["Eco: hola"]
+
+
+def test_files_that_begin_with_an_underscore_are_no_plugins() -> None:
+    names = Plugins.discover()
+    assert "tools.cursos" in names and not [name for name in names if name.startswith("tools._")]
+
+
+# --- The context ------------------------------------------------------------------------------------------
+
+
+def test_context_has_all_that_it_promises(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hilo")
+    seen: dict[str, Any] = {}
+
+    def mira(context: Context) -> str:
+        """Mira lo que hay."""
+        seen["history"] = [(turn.role, turn.text) for turn in context.history(3)]
+        seen["last"] = [turn.text for turn in context.history(1)]
+        seen["rows"] = context.query("SELECT :a::int + 1 AS n, :b::text AS t", a=1, b="it's :x %s")
+        seen["none"] = context.query("UPDATE users SET language = language WHERE false")
+        seen["context"] = context
+        context.log.info("dentro de la herramienta")
+        context.send("Un momento…")
+        context.send(Part("con media", "https://x.mx/a.pdf"))
+        return "visto"
+
+    direct.tool(mira)
+    for n, text in enumerate(("uno", "dos")):
+        twilio.receive(ANA, text, profile_name="Ana")
+        twilio.wait_for(ANA, n + 1)
+        direct.done(n + 1)
+    openai_server.model = script([calls(("mira", {})), says("Listo.")], shared=True)
+    twilio.receive(ANA, "tres", profile_name="Ana")
+    assert bodies(twilio, 5)[2:] == ["Un momento…", "con media", "Listo."]
+    context = seen["context"]
+    run = direct.done(3)[2]["id"]
+    assert (context.run_id, context.address, context.profile_name, context.assistant) == (run, ANA, "Ana", "cursos")
+    assert seen["history"] == [("assistant", "Eco: uno"), ("user", "dos"), ("assistant", "Eco: dos")]
+    assert seen["last"] == ["Eco: dos"]
+    assert seen["rows"] == [{"n": 2, "t": "it's :x %s"}] and seen["none"] == []
+    assert [message.text for message in context.turn] == ["tres"] and context.turn[0].raw["Body"] == "tres"
+    assert context.settings.public_url == direct.url and context.settings.get("NO_HAY", "x") == "x"
+    assert f"run={run} whatsapp:+52…0001 dentro de la herramienta" in caplog.messages
+
+
+def test_context_send_reaches_another_address(direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+    adviser = "whatsapp:+5215599990000"
+
+    def avisa(context: Context) -> None:
+        """Avisa a un asesor."""
+        context.send(Part(f"{context.profile_name} quiere hablar", to=adviser))
+
+    direct.tool(avisa, side_effects=True)
+    openai_server.model = script([calls(("avisa", {})), says("Avisado.")])
+    twilio.receive(ANA, "quiero un asesor", profile_name="Ana")
+    assert twilio.wait_for(adviser, 1)[0].body == "Ana quiere hablar"
+    assert bodies(twilio, 1) == ["Avisado."]
+
+
+def test_message_has_buttons_places_and_files(direct: Hilo, twilio: Simulator) -> None:
+    seen: list[Message] = []
+
+    def incoming_message(message: Message) -> list[Part]:
+        seen.append(message)
+        return []
+
+    direct.plug(incoming_message=incoming_message)
+    place = {"MessageType": "location", "Latitude": "19.43", "Longitude": "-99.13", "Label": "Zócalo"}
+    button = {"MessageType": "button", "ButtonText": "Sí", "ButtonPayload": "si_1"}
+    twilio.receive(ANA, "", media=[(b"x", "audio/ogg; codecs=opus"), (b"y", "image/png")])
+    direct.done(1)
+    twilio.receive(ANA, "", fields=place)
+    direct.done(2)
+    twilio.receive(ANA, "Sí", fields=button)
+    direct.done(3)
+    assert [file.content_type for file in seen[0].media] == ["audio/ogg", "image/png"]
+    assert seen[0].media[0].url.startswith(twilio.url)
+    assert (seen[1].location, seen[1].raw["Label"]) == ((19.43, -99.13), "Zócalo")
+    assert (seen[2].button, seen[2].text) == ("si_1", "Sí")
+
+
+# --- Tool calls -------------------------------------------------------------------------------------------
+
+
+def call(plugins: Plugins, name: str, arguments: str = "{}") -> tuple[str, bool]:
+    """What the model is told for one call, and whether it went well."""
+    saved: list[tuple[str, bool]] = []
+
+    def save(output: str, ok: bool, milliseconds: int) -> bool:
+        saved.append((output, ok))
+        return len(saved) == 1
+
+    ToolCall(plugins.tools[name], arguments, Context(), save).wait(float("inf"))
+    return saved[0]
+
+
+def plugins_with(function: Callable[..., Any], **options: Any) -> Plugins:
+    """Plugins with one tool, called f."""
+    function.__name__ = "f"
+    function.__doc__ = function.__doc__ or "Hace algo."
+    plugins = Plugins([])
+    plugins.register(plugins.tools, function, **options)
+    return plugins
+
+
+class Ficha:
+    """Something without a JSON form."""
+
+
+@pytest.mark.parametrize(
+    ("value", "output"),
+    [
+        ("texto", "texto"),
+        ("", ""),
+        (None, "null"),
+        ([{"precio": 1.5}], '[{"precio":1.5}]'),
+        ({"a": float("nan"), "b": float("inf")}, '{"a":null,"b":null}'),
+        ("ma\x00lo\ud83d", "malo"),
+        ({"ñ": "🙂"}, '{"ñ":"🙂"}'),
+        ((n for n in range(2)), "[0,1]"),
+    ],
+    ids=["text", "empty", "None", "rows", "NaN", "bad characters", "unicode", "generator"],
+)
+def test_output_of_a_tool_is_told_as_text_or_json(value: Any, output: str) -> None:
+    def f() -> Any:
+        return value
+
+    assert call(plugins_with(f), "f") == (output, True)
+
+
+def test_tool_error_reaches_the_model_in_its_own_words() -> None:
+    def f() -> None:
+        raise ToolError("No hay cupo en «Excel».")
+
+    assert call(plugins_with(f), "f") == ('{"error": "No hay cupo en «Excel»."}', False)
+
+
+@pytest.mark.parametrize("harm", [lambda: 1 / 0, sys.exit, Ficha, lambda: b"\xff", lambda: json.loads("{")])
+def test_any_other_failure_is_a_fixed_sentence_and_logged_with_the_line(
+    caplog: pytest.LogCaptureFixture, harm: Callable[[], Any]
+) -> None:
+    def f() -> Any:
+        return harm()
+
+    output, ok = call(plugins_with(f), "f")
+    assert not ok and "la herramienta falló" in output and "division" not in output
+    assert [line for line in caplog.messages if "tool f failed" in line]
+
+
+def test_wrong_arguments_go_back_to_the_model_naming_each(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    ran = []
+
+    def inscribe(curso: str, lugares: int) -> str:
+        """Inscribe."""
+        ran.append(curso)
+        return "ok"
+
+    direct.tool(inscribe, side_effects=True)
+    wrong: list[dict[str, Any] | str] = [
+        {"curso": 5, "lugares": "muchos"},
+        {},
+        {"curso": "a", "lugares": 1, "extra": 2},
+        "no es JSON",
+        "[1]",
+        "null",
+    ]
+    openai_server.model = script([calls(*[("inscribe", arguments) for arguments in wrong]), says("Perdón.")])
+    twilio.receive(ANA, "inscríbeme")
+    assert bodies(twilio, 1) == ["Perdón."]
+    outputs = [json.loads(item["output"])["error"] for item in creates(openai_server)[1]["input"]]
+    assert "curso" in outputs[0] and "lugares" in outputs[0] and "curso" in outputs[1] and "extra" in outputs[2]
+    assert "not JSON" in outputs[3] and "arguments" in outputs[4] and "arguments" in outputs[5]
+    assert ran == [] and direct.rows("SELECT count(*) AS n FROM tool_calls WHERE NOT ok")[0]["n"] == 6
+
+
+def test_call_of_a_tool_that_is_not_there_or_not_this_assistants_is_an_error(
+    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    assistants = direct.gateway.journey.assistants
+    assistants["cursos"] = assistants["cursos"].model_copy(update={"tools": ("detalle_curso",)})
+    openai_server.model = script([calls(("inventada", {}), ("buscar_curso", {"nombre": "x"})), says("Perdón.")])
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 1)
+    first, second = creates(openai_server)
+    assert [tool["name"] for tool in first["tools"]] == ["detalle_curso"]
+    assert ["no existe la herramienta" in item["output"] for item in second["input"]] == [True, True]
+
+
+def test_huge_output_is_cut(direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+    def todo() -> str:
+        """Devuelve mucho."""
+        return "x" * 200_000
+
+    direct.tool(todo)
+    openai_server.model = script([calls(("todo", {})), says("Mucho.")])
+    twilio.receive(ANA, "todo")
+    assert bodies(twilio, 1) == ["Mucho."]
+    assert len(creates(openai_server)[1]["input"][0]["output"]) == 40_000
+
+
+@pytest.mark.parametrize(("side_effects", "sentence"), [(False, "no terminó a tiempo"), (True, "no la repitas")])
+def test_tool_past_its_time_is_left_behind_and_the_model_told(side_effects: bool, sentence: str) -> None:
+    release = threading.Event()
+
+    def f() -> str:
+        release.wait(20)
+        return "tarde"
+
+    before = ToolCall.abandoned
+    output, ok = call(plugins_with(f, timeout=0.1, side_effects=side_effects), "f")
+    release.set()
+    assert not ok and sentence in output and ToolCall.abandoned == before + 1
+
+
+def test_hung_tools_take_no_place_from_those_that_follow() -> None:
+    release = threading.Event()
+
+    def hang() -> None:
+        release.wait(20)
+
+    def f() -> str:
+        return "aquí sigo"
+
+    hung, plugins = plugins_with(hang, timeout=0.05), plugins_with(f, timeout=2)
+    jobs = [ToolCall(hung.tools["f"], "{}", Context(), lambda *_: True) for _ in range(20)]
+    for job in jobs:
+        job.wait(float("inf"))
+    assert call(plugins, "f") == ("aquí sigo", True)
+    release.set()
+    for job in jobs:
+        job.thread.join(5)
+    assert call(plugins, "f") == ("aquí sigo", True)
+
+
+def test_call_given_up_before_it_had_a_place_never_runs() -> None:
+    release, ran, told = threading.Event(), [], []
+
+    def hang() -> None:
+        release.wait(20)
+
+    def f() -> None:
+        ran.append(1)
+
+    hung, plugins = plugins_with(hang, timeout=20), plugins_with(f, timeout=20, side_effects=True)
+    holders = [ToolCall(hung.tools["f"], "{}", Context(), lambda *_: True) for _ in range(16)]
+
+    def save(output: str, ok: bool, milliseconds: int) -> bool:
+        told.append(output)
+        return True
+
+    waiting = ToolCall(plugins.tools["f"], "{}", Context(), save)
+    waiting.wait(0.0)  # the turn's time is up
+    release.set()
+    for job in (*holders, waiting):
+        job.thread.join(5)
+    assert ran == [] and "no terminó a tiempo" in told[0]
+
+
+def test_hung_tool_does_not_hold_up_the_reply_past_the_deadline(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.ignores_background = True
+    release = threading.Event()
+
+    def cuelga() -> None:
+        """No termina."""
+        release.wait(30)
+
+    hilo = start(THREADS_RUN_TIMEOUT="2")
+    hilo.tool(cuelga, timeout=20)
+    hilo.plug(fallback_reply=lambda reason: f"[{reason}]")
+    openai_server.model = script([calls(("cuelga", {})), says("No pude consultarlo.")])
+    twilio.receive(ANA, "consulta")
+    assert twilio.wait_for(ANA, 1, timeout=4)[0].body == "No pude consultarlo."
+    release.set()
