@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import queue
@@ -58,13 +59,14 @@ class Plugins:
 
     def load(self, name: str, load: Callable[[], Any], file: str) -> None:
         """Import a plugin and register its hooks and tools; a failure is kept in its report, and logged."""
+        name = file if name in self.reports else name  # two packages may give an entry point the same name
         report = self.reports[name] = PluginReport(file)
         mine: dict[str, Tool] = {}
         try:
             module = load()
+            self.check_hooks(module)
             self.manager.register(module, name)
             report.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
-            self.check_hooks(module)
             for implementation in self.manager.hook.register_tools.get_hookimpls():
                 if implementation.plugin is module:
                     implementation.function(partial(self.register, mine))
@@ -87,18 +89,28 @@ class Plugins:
             del self.tools[tool]
 
     def check_hooks(self, module: Any) -> None:
-        """Raise PluginError for a hook that is misspelt, a wrapper, or missing altogether."""
-        for name, value in vars(module).items():
-            options = getattr(value, "hilo_impl", None)
-            if not options:
-                continue
-            if not hasattr(tools.Hooks, options.get("specname") or name):
-                known = ", ".join(n for n in vars(tools.Hooks) if n[0] != "_")
-                raise PluginError(f"{name} is no hook of Hilo; there are {known}")
-            if options.get("wrapper") or options.get("hookwrapper"):
-                raise PluginError(f"{name}: hook wrappers are not supported")
-        if not self.manager.get_hookcallers(module):
+        """Raise PluginError for a hook that cannot be called, and where there is none."""
+        members = inspect.getmembers(module, inspect.isroutine)
+        marked = [(name, function) for name, function in members if hasattr(function, "hilo_impl")]
+        if not marked:
             raise PluginError("has no function marked @hookimpl")
+        for name, function in marked:
+            self.check_hook(function.hilo_impl.get("specname") or name, function)
+
+    @staticmethod
+    def check_hook(name: str, function: Any) -> None:
+        """Raise PluginError for a hook that is misspelt, asks for what it is not given, or is a wrapper."""
+        hook = getattr(tools.Hooks, name, None)
+        if hook is None:
+            known = ", ".join(n for n in vars(tools.Hooks) if n[0] != "_")
+            raise PluginError(f"{name} is no hook of Hilo; there are {known}", function)
+        if function.hilo_impl.get("wrapper") or function.hilo_impl.get("hookwrapper"):
+            raise PluginError(f"{name}: hook wrappers are not supported", function)
+        given = [parameter for parameter in inspect.signature(hook).parameters if parameter != "self"]
+        for parameter in inspect.signature(function).parameters.values():
+            needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            if needed and parameter.name not in given:
+                raise PluginError(f"{name} is not given {parameter.name!r}, but {', '.join(given)}", function)
 
     def register(
         self, mine: dict[str, Tool], function: Callable[..., Any], side_effects: bool = False, timeout: float = 10.0
@@ -120,7 +132,7 @@ class Plugins:
                 result = implementation.function(*(arguments[name] for name in implementation.argnames))
                 if result is not None:
                     return convert(result)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.blame(hook, implementation, error, arguments.get("context"))
         return None
 
@@ -129,11 +141,11 @@ class Plugins:
         for implementation in self.implementations(hook):
             try:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.blame(hook, implementation, error, None)
 
     @staticmethod
-    def blame(hook: str, implementation: Any, error: Exception, context: Context | None) -> None:
+    def blame(hook: str, implementation: Any, error: BaseException, context: Context | None) -> None:
         """Log a failure with the plugin's name and line; the traceback is for DEBUG."""
         where = tools.author_line(error)
         (context.log if context else log).warning(
