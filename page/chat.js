@@ -4,7 +4,7 @@
 // The side pane shows what /chat/api/inspect returns for the chosen person:
 // {"thread_id", "assistant", "mode",
 //  "runs": [{"id", "state", "outcome", "created_at", "seconds", "assistant", "thread_id", "tokens", "error",
-//            "steps": [{"name", "seconds"}],
+//            "steps": [{"name", "seconds"}], "parts": [{"state", "error"}],
 //            "calls": [{"name", "arguments", "output", "ok", "ms"}]}],           newest first
 //  "plugins": [{"file", "tools", "hooks", "error"}]}
 
@@ -632,6 +632,10 @@ const STATES = { queued: "en cola", waiting: "con el modelo", sending: "enviando
 const OUTCOMES = {
   answered: "respondida", fallback: "flujo tradicional", intercepted: "respondida sin modelo", undelivered: "no entregada",
 };
+const REASONS = {
+  no_assistant: "no hay asistente configurado", disabled: "el asistente está desactivado", openai_down: "OpenAI no responde",
+  timeout: "se acabó el tiempo", error: "hubo un error",
+};
 let inspected = "", openParts = new Set();
 
 const text = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2) ?? "");
@@ -676,6 +680,14 @@ function stepsNode(steps) {
     seconds === null || seconds === undefined ? "" : make("span", { className: "ms" }, `${Number(seconds).toFixed(2)} s`))));
 }
 
+const PARTS = {
+  queued: "por enviar", sending: "enviando", sent: "enviado", delivered: "entregado", read: "leído", undelivered: "no entregado",
+  failed: "rechazado", withheld: "retenido",
+};
+
+/** What became of each part of the reply. */
+const partsText = (parts = []) => parts.map(({ state, error }) => `${PARTS[state] ?? state}${error ? ` (${error})` : ""}`).join(", ");
+
 const BAD = new Set(["undelivered", "error", "failed"]);
 
 function runNode(run) {
@@ -687,7 +699,7 @@ function runNode(run) {
       make("span", { className: "ms" }, `${clock.format(when)}${run.seconds === null || run.seconds === undefined ? "" : ` · ${Number(run.seconds).toFixed(1)} s`}`)),
     run.steps?.length ? stepsNode(run.steps) : null,
     make("dl", {}, ...fact("Asistente", run.assistant), ...fact("Hilo", run.thread_id), ...fact("Tokens", tokens(run.tokens)),
-      ...fact("Error", run.error)),
+      ...fact("Mensajes", partsText(run.parts)), ...fact("Motivo", REASONS[run.error] ?? run.error)),
     ...(run.calls ?? []).map((call, index) => callNode(run, call, index)));
 }
 

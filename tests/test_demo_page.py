@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import bottle
 import pytest
 import requests
 
-from page import SWITCHES, PageOptions
+from page import FILES, SWITCHES, PageOptions
+from page.inspection import Inspection
 from simulator import Simulator
 from tests.conftest import Hilo
-from tests.local_openai import LocalOpenAI
+from tests.local_openai import Answer, LocalOpenAI, calls, course_assistant, script
 from tests.receiver import Receiver
+from tools import cursos
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Error, Page
@@ -33,6 +37,8 @@ BROWSER_ARGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first
                 "--use-fake-ui-for-media-stream").split()
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
                          "rkJggg==")
+CATALOGUE = Path(cursos.__file__).with_name("cursos.csv")
+SCREENSHOT = FILES / "screenshot.png"  # the README's; made anew with HILO_SCREENSHOT=1
 TEMPLATE = "HX" + "c" * 32
 REPLY = """*Inglés básico* (_en línea_), ~$2,400~ `HOLA10`
 - Lunes
@@ -47,6 +53,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.twilio: Simulator | None = None
+        self.inspect: Callable[[str], dict[str, Any]] = inspected
         self.may_answer = threading.Event()
         self.may_answer.set()
 
@@ -108,8 +115,8 @@ def twilio(receiver: Receiver, echo: Echo, killed: list[str], openai_server: Loc
         killed.append("kill")
         return "El proceso volvió en 1 s"
 
-    options = PageOptions(inspect=inspected, actions={"Matar el proceso": kill}, templates={TEMPLATE: template},
-                          openai_url=openai_server.url)
+    options = PageOptions(inspect=lambda address: echo.inspect(address), actions={"Matar el proceso": kill},
+                          templates={TEMPLATE: template}, openai_url=openai_server.url)
     with Simulator(receiver.url, page=options) as simulator:
         echo.twilio = simulator
         yield simulator
@@ -542,3 +549,74 @@ def test_nothing_sticks_out_of_a_narrow_window(chat: Chat) -> None:
     list_widths = "(list => [list.scrollWidth, list.clientWidth])(document.querySelector('#messages'))"
     needed, given = chat.page.evaluate(list_widths)
     assert needed <= given
+
+
+# --- The side pane's data -------------------------------------------------------------------------------------
+
+
+def inspection_of(hilo: Hilo) -> Inspection:
+    return Inspection(hilo.db.rows, lambda: [vars(report) for report in hilo.gateway.plugins.reports.values()])
+
+
+def test_a_run_is_told_with_its_stretches_calls_tokens_and_parts(
+        hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+    openai_server.model = course_assistant
+    twilio.receive(ANA, "inglés")
+    twilio.wait_for(ANA)
+    hilo.done()
+    found = inspection_of(hilo)(ANA)
+    run = found["runs"][0]
+    assert (run["state"], run["outcome"], run["assistant"]) == ("done", "answered", "cursos")
+    assert [step["name"] for step in run["steps"]] == ["queued", "waiting", "sending"]
+    assert sum(step["seconds"] for step in run["steps"]) == pytest.approx(run["seconds"], abs=0.01)
+    call = run["calls"][0]
+    assert (call["name"], call["ok"]) == ("buscar_curso", True) and call["ms"] >= 0 and "ingl" in call["output"].lower()
+    assert run["tokens"]["input"] > 0 and len(run["parts"]) == 1 and found["thread_id"].startswith("conv_")
+    assert "buscar_curso" in next(plugin for plugin in found["plugins"] if plugin["file"] == "tools/cursos.py")["tools"]
+
+
+def test_a_stranger_has_no_runs(hilo: Hilo) -> None:
+    found = inspection_of(hilo)("whatsapp:+5210000000000")
+    assert (found["runs"], found["mode"], found["thread_id"]) == ([], None, None)
+
+
+# --- With the gateway -----------------------------------------------------------------------------------------
+
+
+def lists_courses(request: Any, items: list[Any]) -> Answer:
+    """What a model makes of the courses that a search has found."""
+    courses = json.loads(items[-1]["output"])["cursos"]
+    lines = [f"- **{course['nombre']}** ({course['codigo']}), {course['precio']}" for course in courses]
+    return Answer("¡Hola, Ana! 👋 Para inglés tenemos:\n\n" + "\n".join(lines) + "\n\n¿De cuál te cuento más?")
+
+
+def tells_course(request: Any, items: list[Any]) -> Answer:
+    """What a model makes of one course's details."""
+    course = json.loads(items[-1]["output"])
+    facts = f"- Horario: {course['horario']}\n- Precio: {course['precio']}"
+    start = course["fechas_inicio"][0]
+    return Answer(f"**{course['nombre']}** empieza el _{start}_ 📅\n\n{facts}\n\nInscríbete aquí: {course['enlace']}")
+
+
+def test_a_conversation_with_the_gateway_is_answered_and_told_beside_it(
+        chat: Chat, hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI, echo: Echo) -> None:
+    search = calls(("buscar_curso", {"nombre": "inglés", "nivel": None, "limite": 3}))
+    openai_server.model = script([search, lists_courses, calls(("detalle_curso", {"codigo": "ING-101"})), tells_course])
+    cursos.cargar(lambda sql, **values: hilo.db.rows(sql, values), CATALOGUE)
+    echo.inspect = inspection_of(hilo)
+    chat.write("Hola, ¿qué cursos de inglés tienen?")
+    assert "Inglés básico" in chat.answer("¿De cuál te cuento más?").locator("strong").all_inner_texts()
+    chat.write("Cuéntame del básico 🙏")
+    assert chat.answer("Inscríbete aquí").locator("a").count() == 1
+    assert chat.see(".message.user .tick[aria-label=Leído]").is_visible()
+    chat.open_side("runs")
+    run = chat.see(".run[data-state=done]", "buscar_curso")
+    assert "respondida" in run.inner_text() and "conv_" in run.inner_text() and "cursos" in run.inner_text()
+    details = chat.see(".run", "detalle_curso")
+    details.locator("summary").click()
+    assert "ING-101" in chat.see(".run details[open] pre >> nth=0").inner_text()
+    if os.environ.get("HILO_SCREENSHOT") and not chat.is_phone:
+        details.locator("summary").click()
+        chat.page.set_viewport_size({"width": 1180, "height": 700})
+        chat.page.locator("#text").focus()
+        chat.page.screenshot(path=SCREENSHOT)
