@@ -160,7 +160,12 @@ class Database:
             statement = connection.statements.get(sql)
             if statement is None:
                 statement = connection.statements[sql] = connection.prepare(sql)
-            found = statement.run(**(params or {}))
+            try:
+                found = statement.run(**(params or {}))
+            except pg8000.native.InterfaceError as error:
+                if "parameter" in str(error):  # not the connection's fault but the caller's
+                    raise ValueError(str(error)) from None
+                raise
             names = [column["name"] for column in statement.columns or ()]
             return [dict(zip(names, row, strict=True)) for row in found or ()]
 

@@ -95,23 +95,28 @@ class Stage:
     """A running set: `openai` and `twilio` answer `/_stats`, `gateway` takes webhooks at `url`."""
 
     def __init__(self, database_url: str, *, webhooks: bool = True, callbacks: bool = False, think: float = 0.0,
-                 model: str = "echo", **settings: str):  # fmt: skip
+                 model: str = "echo", start: bool = True, **settings: str):  # fmt: skip
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         hook = ["--webhook-url", f"{self.url}/webhooks/openai", "--webhook-secret", WEBHOOK_SECRET] if webhooks else []
         self.openai = Process("-m", "tests.local_openai", "--think", str(think), "--model", model, *hook)
         self.twilio = Process("-m", "tests.local_twilio", *([] if callbacks else ["--no-callbacks"]))
         self.openai_url, self.twilio_url = self.openai.line(), self.twilio.line()
-        environ = {
+        self.environ = {
             "DATABASE_URL": database_url, "PORT": str(self.port), "PUBLIC_URL": self.url, "TWILIO_ACCOUNT_SID": ACCOUNT,
             "TWILIO_AUTH_TOKEN": TOKEN, "TWILIO_FROM": NUMBER, "TWILIO_API_URL": self.twilio_url,
             "OPENAI_API_KEY": "sk-local", "OPENAI_BASE_URL": self.openai_url, "ASSISTANT_ID": "cursos",
             "BURST_SECONDS": "0", "LOG_LEVEL": "WARNING", "THREADS_RUN_TIMEOUT": "120", **settings,
         }  # fmt: skip
         if webhooks:
-            environ["OPENAI_WEBHOOK_SECRET"] = WEBHOOK_SECRET
-        self.gateway = Process("gateway.py", "serve", **environ)
-        self.wait_until_ready()
+            self.environ["OPENAI_WEBHOOK_SECRET"] = WEBHOOK_SECRET
+        if start:
+            self.start_gateway()
+            self.wait_until_ready()
+
+    def start_gateway(self) -> None:
+        """Start the gateway's process."""
+        self.gateway = Process("gateway.py", "serve", **self.environ)
 
     def wait_until_ready(self) -> None:
         """Return when the gateway answers."""
