@@ -106,7 +106,9 @@ def test_ayuda_names_the_advisors_only_where_there_are_some(start: Start, twilio
     assert "/asesor" in say(twilio, start(ASESORES="whatsapp:+5215500000001"), "/ayuda")[0]
 
 
-def test_command_of_a_team_is_answered_by_its_plugin(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+def test_command_of_a_team_is_answered_by_its_plugin(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
     def incoming_message(message: Message, context: Context) -> str | None:
         return "De 9 a 18 h." if message.text.strip().lower() == "/horario" else None
 

@@ -1,0 +1,405 @@
+"""A conversation handed over to a person and back, as the user and the advisors see it; and the 24-hour window."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from simulator import Simulator
+from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, wait_for
+from tests.local_openai import LocalOpenAI, calls, says, script
+from tools import Context, Message, Part
+
+LUIS = "whatsapp:+5215511110002"
+MARTA = "whatsapp:+5215500000001"
+PACO = "whatsapp:+5215500000002"
+TEMPLATE = "HX" + "a" * 32
+WANTS = "Ya avisé a un asesor: te escribe por este mismo chat en cuanto pueda."
+BACK = "Aquí estoy de nuevo. ¿En qué te ayudo?"
+Start = Callable[..., Hilo]
+
+
+class Chat:
+    """The gateway, and who writes what to it."""
+
+    def __init__(self, hilo: Hilo, twilio: Simulator):
+        self.hilo, self.twilio = hilo, twilio
+        self.seen: dict[str, int] = {}
+
+    def says(self, who: str, text: str = "", name: str = "", quoting: str = "", **more: Any) -> None:
+        """Write as somebody, in answer to one of our messages (its sid), and wait until all is done."""
+        fields = {"OriginalRepliedMessageSid": quoting} if quoting else {}
+        names = {ANA: "Ana", LUIS: "Luis", MARTA: "Marta", PACO: "Paco"}
+        self.twilio.receive(who, text, fields=fields, profile_name=name or names.get(who, ""), **more)
+        self.hilo.done()
+
+    def heard(self, who: str) -> list[str]:
+        """What somebody was sent since the last time."""
+        texts = [message.body or f"<{message.content_sid}>" for message in self.twilio.sent_to(who)]
+        new, self.seen[who] = texts[self.seen.get(who, 0) :], len(texts)
+        return new
+
+    def last_sid(self, who: str) -> str:
+        """The sid of the last message that somebody was sent."""
+        return self.twilio.sent_to(who)[-1].sid
+
+    def mode(self, who: str = ANA) -> str:
+        return str(self.hilo.rows("SELECT mode FROM users WHERE user_phone = :u", u=who)[0]["mode"])
+
+
+@pytest.fixture
+def chat(start: Start, twilio: Simulator) -> Chat:
+    """A gateway with two advisors."""
+    return Chat(start(ASESORES=f"{MARTA}, {PACO}", OPENAI_WEBHOOK_SECRET=WEBHOOK_SECRET), twilio)
+
+
+# --- The whole exchange -----------------------------------------------------------------------------------
+
+
+def test_conversation_goes_to_an_advisor_and_back_and_the_assistant_knows_what_was_said(
+    chat: Chat, openai_server: LocalOpenAI
+) -> None:
+    chat.says(ANA, "hola, busco factura")
+    chat.says(ANA, "/asesor necesito factura")
+    assert chat.heard(ANA) == ["Eco: hola, busco factura", WANTS]
+    (notice,) = chat.heard(MARTA)
+    assert chat.heard(PACO) == [notice]
+    assert notice.startswith("🔔 *Ana* (+52…0001) quiere hablar con una persona.\nMotivo: necesito factura\n")
+    assert "— Ana: hola, busco factura\n— Asistente: Eco: hola, busco factura\n" in notice
+    assert "5511110001" not in notice
+
+    asked = len(openai_server.requests)
+    chat.says(ANA, "¿sigues ahí?")
+    assert chat.heard(ANA) == [] and chat.heard(PACO) == ["💬 *Ana* (+52…0001): ¿sigues ahí?"]
+    chat.heard(MARTA)
+    chat.says(MARTA, "Hola Ana, soy Marta", quoting=chat.last_sid(MARTA))
+    assert chat.heard(ANA) == ["👤 *Marta:* Hola Ana, soy Marta"]
+    chat.says(ANA, "mi RFC es ABC")
+    assert chat.heard(MARTA) == ["💬 *Ana* (+52…0001): mi RFC es ABC"] and chat.heard(PACO) == []
+    chat.says(MARTA, "va tu factura A-7")  # there is one conversation: no need to quote
+    assert chat.heard(ANA) == ["👤 *Marta:* va tu factura A-7"]
+    assert len(openai_server.requests) == asked
+
+    chat.says(ANA, "/bot")
+    assert chat.heard(ANA) == [BACK] and chat.heard(MARTA) == ["✅ *Ana* (+52…0001) volvió con el asistente."]
+    chat.says(ANA, "¿qué factura era?")
+    assert chat.heard(ANA) == ["Eco: ¿qué factura era?"]
+    (*_, last) = openai_server.conversations.values()
+    told = [part["text"] for item in last.items for part in item["content"]]
+    assert "mi RFC es ABC" in told and "👤 *Marta:* va tu factura A-7" in told
+
+
+def test_assistants_tool_hands_over_and_its_last_answer_still_arrives(chat: Chat, openai_server: LocalOpenAI) -> None:
+    openai_server.model = script(
+        [calls(("hablar_con_asesor", {"motivo": "pide una beca"})), says("Ahora te escribe un asesor.")], shared=True
+    )
+    chat.says(ANA, "quiero una beca")
+    assert chat.heard(ANA) == ["Ahora te escribe un asesor."]
+    assert "Motivo: pide una beca" in chat.heard(MARTA)[0] and len(chat.heard(PACO)) == 1
+    chat.says(ANA, "¿hola?")
+    assert chat.heard(ANA) == [] and chat.mode() == "human"
+
+
+def test_answer_on_its_way_when_an_advisor_writes_is_withheld(chat: Chat, openai_server: LocalOpenAI) -> None:
+    chat.says(ANA, "/asesor")
+    chat.says(ANA, "/bot")
+    notice = chat.twilio.sent_to(MARTA)[0].sid
+    chat.heard(ANA)
+    with openai_server.gate("POST /v1/responses$") as gate:
+        chat.twilio.receive(ANA, "hola")
+        assert gate.arrived.wait(5)
+        chat.twilio.receive(MARTA, "yo te ayudo", fields={"OriginalRepliedMessageSid": notice}, profile_name="Marta")
+        chat.twilio.wait_for(ANA, 3)
+    chat.hilo.done()
+    assert chat.heard(ANA) == ["👤 *Marta:* yo te ayudo"]
+    assert chat.hilo.rows("SELECT body FROM messages WHERE state = 'withheld'") == [{"body": "Eco: hola"}]
+
+
+# --- Whose message it is ----------------------------------------------------------------------------------
+
+
+def test_advisor_with_several_conversations_gets_a_list_unless_a_message_is_quoted(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    anas = chat.last_sid(MARTA)
+    chat.says(LUIS, "/asesor")
+    chat.heard(MARTA)
+    chat.says(MARTA, "hola, ¿en qué ayudo?")
+    (answer,) = chat.heard(MARTA)
+    assert answer.startswith("Conversaciones que esperan a un asesor: 2\n• *Ana* (+52…0001), desde hace 0 min\n")
+    chat.says(MARTA, "hola Ana", quoting=anas)
+    assert chat.heard(ANA) == [WANTS, "👤 *Marta:* hola Ana"] and chat.heard(LUIS) == [WANTS]
+    chat.says(PACO, "hola, soy Paco")  # Ana is Marta's: Luis is left
+    assert chat.heard(LUIS) == ["👤 *Paco:* hola, soy Paco"] and chat.heard(ANA) == []
+    chat.says(MARTA, "¿sigues?")
+    assert chat.heard(ANA) == ["👤 *Marta:* ¿sigues?"]
+
+
+def test_advisor_without_an_open_conversation_is_answered_by_the_assistant(chat: Chat) -> None:
+    chat.says(MARTA, "¿qué cursos hay?")
+    assert chat.heard(MARTA) == ["Eco: ¿qué cursos hay?"]
+
+
+def test_mistyped_command_of_an_advisor_is_not_sent_to_the_user(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.heard(ANA), chat.heard(MARTA)
+    chat.says(MARTA, "/bto")
+    assert chat.heard(ANA) == [] and chat.heard(MARTA)[0].startswith("Conversaciones que esperan a un asesor: 1")
+
+
+def test_advisors_bot_hands_back_and_a_quoted_notice_takes_it_up_again(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    notice = chat.last_sid(MARTA)
+    chat.heard(ANA), chat.heard(MARTA)
+    chat.says(MARTA, "/bot")
+    assert chat.heard(ANA) == [BACK] and chat.heard(MARTA) == ["✅ *Ana* (+52…0001) vuelve con el asistente."]
+    assert chat.mode() == "bot"
+    chat.says(MARTA, "/bot", quoting=notice)
+    assert chat.heard(MARTA) == ["*Ana* (+52…0001) ya estaba con el asistente."] and chat.heard(ANA) == []
+    chat.says(MARTA, "olvidé decirte algo", quoting=notice)
+    assert chat.heard(ANA) == ["👤 *Marta:* olvidé decirte algo"] and chat.mode() == "human"
+
+
+def test_user_who_left_cannot_be_written_to(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    notice = chat.last_sid(MARTA)
+    chat.says(ANA, "BAJA")
+    chat.heard(ANA), chat.heard(MARTA)
+    chat.says(MARTA, "¿sigues?", quoting=notice)
+    assert chat.heard(ANA) == [] and chat.mode() == "out"
+    assert chat.heard(MARTA) == ["*Ana* (+52…0001) pidió no recibir más mensajes: no se le puede escribir."]
+
+
+def test_user_with_an_advisor_who_asks_again_is_answered_and_the_advisors_are_not_called_twice(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.says(ANA, "/asesor")
+    assert chat.heard(ANA) == [WANTS, WANTS] and len(chat.heard(MARTA)) == 1
+
+
+# --- Time -------------------------------------------------------------------------------------------------
+
+
+def test_advisors_time_runs_out_and_the_assistant_answers(chat: Chat, openai_server: LocalOpenAI) -> None:
+    chat.says(ANA, "/asesor mi beca")
+    until = "SELECT extract(epoch FROM mode_until - now()) / 60 AS m FROM users WHERE user_phone = :u"
+    assert 59 < chat.hilo.rows(until, u=ANA)[0]["m"] <= 60
+    chat.hilo.rows("UPDATE users SET mode_until = now() + interval '1 minute'")
+    chat.says(ANA, "¿hola?")
+    assert chat.hilo.rows(until, u=ANA)[0]["m"] <= 1  # nobody has answered: waiting does not lengthen the wait
+    chat.says(MARTA, "aquí estoy")
+    assert chat.hilo.rows(until, u=ANA)[0]["m"] > 59
+    chat.hilo.rows("UPDATE users SET mode_until = now() + interval '1 minute' WHERE user_phone = :u", u=ANA)
+    chat.says(ANA, "gracias")
+    assert chat.hilo.rows(until, u=ANA)[0]["m"] > 59
+    chat.hilo.rows("UPDATE users SET mode_until = now() - interval '1 s' WHERE user_phone = :u", u=ANA)
+    chat.heard(ANA)
+    chat.says(ANA, "¿y ahora?")
+    (answer,) = chat.heard(ANA)
+    assert answer.endswith("¿y ahora?") and chat.mode() == "bot"
+    (*_, last) = openai_server.conversations.values()
+    assert "👤 *Marta:* aquí estoy" in [part["text"] for item in last.items for part in item["content"]]
+
+
+def test_upkeep_hands_back_what_is_past_its_time(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.hilo.rows("UPDATE users SET mode_until = now() - interval '1 s'")
+    chat.hilo.gateway.upkeep.hand_back()
+    assert chat.mode() == "bot"
+
+
+# --- Files and long texts ---------------------------------------------------------------------------------
+
+
+def test_files_are_named_in_words_to_either_side(chat: Chat) -> None:
+    chat.says(ANA, "hello, I need an invoice")
+    chat.says(ANA, "/asesor")
+    chat.heard(ANA), chat.heard(MARTA)
+    chat.says(ANA, "", media=[(b"OggS", "audio/ogg")])
+    assert chat.heard(MARTA) == ["💬 *Ana* (+52…0001): [Envió una nota de voz, que no se puede reenviar por aquí.]"]
+    chat.says(MARTA, "mira", media=[(b"%PDF", "application/pdf")])
+    assert chat.heard(ANA) == ["👤 *Marta:* mira\n[Sent a file, which cannot be passed on here.]"]
+    assert chat.heard(MARTA) == ["⚠️ Los archivos no se pueden reenviar por aquí: escríbelo o comparte un enlace."]
+
+
+def test_text_as_long_as_whatsapp_takes_is_passed_on_whole(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.heard(MARTA)
+    words = " ".join(["palabra"] * 199)
+    chat.says(ANA, words)
+    parts = chat.heard(MARTA)
+    assert len(parts) == 2 and " ".join(parts).endswith(words)
+
+
+# --- Settings ---------------------------------------------------------------------------------------------
+
+
+def test_without_advisors_the_user_is_told_how_else(
+    start: Start, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    chat = Chat(start(), twilio)
+    chat.says(ANA, "/asesor")
+    assert chat.heard(ANA)[0].startswith("Por este chat no hay asesores por ahora.") and chat.mode() == "bot"
+    chat.hilo.stop()
+    chat = Chat(start(ASESOR_CONTACTO="tel. 55 5555 0101"), twilio)
+    chat.heard(ANA)
+    chat.says(ANA, "/asesor")
+    assert chat.heard(ANA) == ["Puedes hablar con una persona aquí: tel. 55 5555 0101"]
+    openai_server.model = script([calls(("hablar_con_asesor", {"motivo": "x"})), says("No hay asesores.")], shared=True)
+    chat.says(ANA, "un asesor")
+    assert "55 5555 0101" in chat.hilo.rows("SELECT output FROM tool_calls")[0]["output"] and chat.mode() == "bot"
+
+
+def test_setting_that_cannot_be_used_is_named_in_the_log_and_messages_are_answered(
+    start: Start, twilio: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = Chat(start(ASESORES="Marta"), twilio)
+    chat.says(ANA, "hola")
+    assert chat.heard(ANA) == ["Eco: hola"]
+    assert "ASESORES='Marta' cannot be used: it needs whatsapp:+ and a number" in caplog.text
+
+
+@pytest.fixture
+def crm() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server of the team's that takes events, failing the first time; its URL and what came."""
+    events: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        failed = False
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200 if Handler.failed else 503)
+            self.end_headers()
+            if Handler.failed:
+                events.append(body)
+            Handler.failed = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/hilo", events
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_webhook_gets_requests_and_messages(
+    start: Start, twilio: Simulator, crm: tuple[str, list[dict[str, Any]]]
+) -> None:
+    url, events = crm
+    chat = Chat(start(ASESOR_WEBHOOK_URL=url), twilio)
+    chat.says(ANA, "hola")
+    chat.says(ANA, "/asesor mi beca")
+    wait_for(lambda: events)
+    chat.says(ANA, "¿hay alguien?")
+    wait_for(lambda: len(events) == 2)
+    assert chat.heard(ANA) == ["Eco: hola", WANTS]
+    request, message = events
+    assert (request["evento"], request["direccion"], request["motivo"]) == ("pedido", ANA, "mi beca")
+    assert request["resumen"][:2] == ["— Ana: hola", "— Asistente: Eco: hola"]
+    assert (message["evento"], message["texto"], message["nombre"]) == ("mensaje", "¿hay alguien?", "Ana")
+
+
+# --- The 24-hour window -----------------------------------------------------------------------------------
+
+
+def test_notice_by_template_reaches_advisors_out_of_the_window(start: Start, twilio: Simulator) -> None:
+    chat = Chat(start(ASESORES=MARTA, ASESOR_TEMPLATE_SID=TEMPLATE), twilio)
+    chat.says(ANA, "/asesor mi beca")
+    (notice,) = twilio.sent_to(MARTA)
+    assert notice.content_sid == TEMPLATE
+    assert notice.variables == {"1": "*Ana* (+52…0001)", "2": "mi beca · — Ana: /asesor mi beca"}
+    chat.says(MARTA, "hola Ana", quoting=notice.sid)
+    assert chat.heard(ANA) == [WANTS, "👤 *Marta:* hola Ana"]
+
+
+def test_advisor_learns_that_a_users_window_is_shut_and_the_user_gets_the_template(
+    start: Start, twilio: Simulator
+) -> None:
+    chat = Chat(start(ASESORES=MARTA, TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    chat.says(ANA, "/asesor")
+    chat.heard(ANA), chat.heard(MARTA)
+    chat.hilo.rows("UPDATE users SET last_in_at = now() - interval '25 hours' WHERE user_phone = :u", u=ANA)
+    chat.says(MARTA, "¿sigues ahí?")
+    assert chat.heard(ANA) == [f"<{TEMPLATE}>"]
+    assert chat.heard(MARTA)[0].startswith("⚠️ *Ana* (+52…0001) no escribe desde hace más de 24 horas")
+
+
+def test_window_that_twilio_says_is_shut_leads_to_the_template_in_the_same_run(start: Start, twilio: Simulator) -> None:
+    chat = Chat(start(TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    twilio.fault("send", "error", status=400, code=63016, to=ANA)
+    chat.says(ANA, "hola")
+    assert chat.heard(ANA) == [f"<{TEMPLATE}>"]
+    assert [run["outcome"] for run in chat.hilo.done()] == ["answered"]
+
+
+def test_window_that_a_callback_says_is_shut_leads_to_the_template_in_a_run_of_its_own(
+    start: Start, twilio: Simulator
+) -> None:
+    chat = Chat(start(TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    twilio.fault("send", "undeliver", code=63016, to=ANA)
+    chat.says(ANA, "hola")
+    twilio.wait_for(ANA, 2)
+    assert [run["outcome"] for run in chat.hilo.done(2)] == ["undelivered", "answered"]
+    assert chat.heard(ANA) == ["Eco: hola", f"<{TEMPLATE}>"]
+
+
+def test_window_that_a_callback_says_is_shut_before_the_last_part_leads_to_one_template(
+    start: Start, twilio: Simulator
+) -> None:
+    chat = Chat(start(TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    chat.hilo.plug(format_reply=lambda text: ["uno", "dos"])
+    twilio.fault("send", "undeliver", code=63016, to=ANA)
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 3)
+    chat.hilo.done(2)
+    assert chat.heard(ANA) == ["uno", "dos", f"<{TEMPLATE}>"]
+
+
+@pytest.mark.parametrize("way", ["error", "undeliver"])
+def test_shut_window_without_a_template_ends_as_undelivered_with_an_event_and_no_loop(
+    start: Start, twilio: Simulator, way: str
+) -> None:
+    chat = Chat(start(), twilio)
+    events: list[Any] = []
+    chat.hilo.plug(track_event=lambda event: events.append(event))
+    twilio.fault("send", way, code=63016, to=ANA, times=None, **({"status": 400} if way == "error" else {}))
+    chat.says(ANA, "hola")
+    wait_for(lambda: [event.data for event in events if event.name == "message_failed"] == [{"code": 63016}])
+    wait_for(lambda: [run["outcome"] for run in chat.hilo.done()] == ["undelivered"])
+    assert len(twilio.sent_to(ANA)) == (1 if way == "undeliver" else 0)
+
+
+@pytest.mark.parametrize("way", ["error", "undeliver"])
+def test_template_that_is_refused_too_is_not_sent_again(start: Start, twilio: Simulator, way: str) -> None:
+    chat = Chat(start(TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    twilio.fault("send", way, code=63016, to=ANA, times=None, **({"status": 400} if way == "error" else {}))
+    chat.says(ANA, "hola")
+    done = "SELECT 1 AS x FROM runs WHERE outcome = 'undelivered'"
+    wait_for(lambda: len(chat.hilo.rows(done)) == (2 if way == "undeliver" else 1))
+    sent = chat.hilo.rows("SELECT content_sid FROM messages WHERE direction = 'out' ORDER BY id")
+    assert [row["content_sid"] for row in sent] == [None, TEMPLATE]
+
+
+def test_part_for_somebody_who_never_wrote_and_is_out_of_the_window_ends_without_a_template_run(
+    start: Start, twilio: Simulator
+) -> None:
+    chat = Chat(start(TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+
+    def incoming_message(message: Message, context: Context) -> list[Part]:
+        return [Part("para ti"), Part("para Marta", to=MARTA)]
+
+    chat.hilo.plug(incoming_message=incoming_message)
+    twilio.fault("send", "undeliver", code=63016, to=MARTA)
+    chat.says(ANA, "hola")
+    wait_for(lambda: chat.hilo.rows("SELECT 1 AS x FROM messages WHERE state = 'undelivered'"))
+    assert chat.heard(MARTA) == ["para Marta"] and chat.heard(ANA) == ["para ti"]
+    assert len(chat.hilo.done()) == 1
+    assert [callback.status for callback in twilio.callbacks if callback.status != 200] == []

@@ -1,0 +1,213 @@
+"""Limits: messages of one user a minute and a day, and what the model may cost a day, for the whole gateway.
+
+Who writes past a limit gets one courteous answer in that minute or day, and nothing more. Past the day's budget users
+are served by the traditional flow. All is counted in PostgreSQL from the messages and responses themselves, so that it
+is right with several processes and after a crash; advisors (ASESORES) and the opt-out words have no limit.
+
+Settings (environment); 0 is no limit:
+    LIMITE_MINUTO       messages of one user a minute (20)
+    LIMITE_DIA          messages of one user a day (200)
+    LIMITE_TOKENS_DIA   tokens of all responses a day, input and output together (0)
+    LIMITE_COSTO_DIA    US dollars of all responses a day, by LIMITE_PRECIOS (0)
+    LIMITE_PRECIOS      dollars for a million input and output tokens of each model: gpt-6-luna=0.25/2,gpt-6-sol=2/16
+                        (those are examples: take your provider's); a model that is not named costs as the dearest
+    ZONA_HORARIA        where the day begins: America/Mexico_City (the default), Europe/Madrid…
+
+A turn under way when the budget ends is still answered, and each process looks at the bill every two seconds: the day
+may end a little above it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from tools import Context, Message, Part, hookimpl
+from tools._textos import texto
+
+VIGENCIA = 2.0  # seconds for which a sum of the day's tokens is good
+FIRME = 900.0  # seconds after which a response's tokens do not change any more
+
+# The user's messages of this one's minute and day, this one included: the same number however often it is asked.
+CUENTA = """SELECT count(*) FILTER (WHERE date_trunc('minute', c.at) = date_trunc('minute', m.at)) AS minuto,
+    count(*) FILTER (WHERE (c.at AT TIME ZONE :zona)::date = (m.at AT TIME ZONE :zona)::date) AS dia
+    FROM (SELECT at FROM messages WHERE sid = :sid) m, (
+        SELECT at FROM messages WHERE user_phone = :u AND direction = 'in'
+            AND id <= (SELECT id FROM messages WHERE sid = :sid) ORDER BY id DESC LIMIT :n) c"""
+
+# Tokens of the responses since a moment, but not of before today, by model and by whether they may still change.
+GASTO = """SELECT t.inicio, t.corte, r.model, r.created_at < t.corte AS firme,
+    coalesce(sum(r.input_tokens), 0)::bigint AS entrada, coalesce(sum(r.output_tokens), 0)::bigint AS salida
+    FROM (SELECT date_trunc('day', now() AT TIME ZONE :zona) AT TIME ZONE :zona AS inicio,
+        now() - :firme::float8 * interval '1 s' AS corte) t
+    LEFT JOIN responses r ON r.created_at >= greatest(t.inicio, :desde::timestamptz)
+    GROUP BY 1, 2, 3, 4"""
+
+
+# --- Settings -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ajustes:
+    """The limits, 0 where there is none."""
+
+    minuto: int
+    dia: int
+    tokens: int
+    dolares: float
+    precios: dict[str, tuple[float, float]]
+    zona: str
+
+
+def ajustes_de(context: Context) -> Ajustes:
+    """The settings; raises ValueError naming the variable and what it needs."""
+    precios = dict(precio(parte) for parte in context.settings.get("LIMITE_PRECIOS").split(",") if parte.strip())
+    dolares = numero(context, "LIMITE_COSTO_DIA", "0")
+    if dolares and not precios:
+        raise ValueError("LIMITE_COSTO_DIA needs LIMITE_PRECIOS=model=input/output, in dollars for a million tokens")
+    return Ajustes(
+        minuto=int(numero(context, "LIMITE_MINUTO", "20")), dia=int(numero(context, "LIMITE_DIA", "200")),
+        tokens=int(numero(context, "LIMITE_TOKENS_DIA", "0")), dolares=dolares, precios=precios,
+        zona=context.settings.get("ZONA_HORARIA", "America/Mexico_City"),
+    )  # fmt: skip
+
+
+def numero(context: Context, nombre: str, valor: str) -> float:
+    """A setting that is a number, 0 or more."""
+    valor = context.settings.get(nombre, valor)
+    if not re.fullmatch(r"\d+(\.\d+)?", valor):
+        raise ValueError(f"{nombre}={valor!r} cannot be used: it needs a number, 0 for no limit")
+    return float(valor)
+
+
+def precio(parte: str) -> tuple[str, tuple[float, float]]:
+    """A model and its prices: "gpt-6-luna=0.25/2"."""
+    leido = re.fullmatch(r"\s*([\w.:-]+)\s*=\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", parte)
+    if not leido:
+        raise ValueError(f"LIMITE_PRECIOS={parte!r} cannot be used: it needs model=input/output, with commas")
+    return leido[1], (float(leido[2]), float(leido[3]))
+
+
+# --- Messages -------------------------------------------------------------------------------------------------
+
+
+@hookimpl(tryfirst=True)
+def incoming_message(message: Message, context: Context) -> list[Part] | None:
+    """The answer to a message past a limit; None to one within all of them."""
+    ajustes = ajustes_de(context)
+    if es_asesor(message, context):
+        return None
+    exceso = pasado_de(message, context, ajustes)
+    if exceso is not None:
+        return exceso
+    if context.mode == "bot" and message.text[:1] != "/" and agotado(context, ajustes):
+        return sin_modelo(message, context)
+    return None
+
+
+def es_asesor(message: Message, context: Context) -> bool:
+    """Whether the message is from one of ASESORES."""
+    nombrados = {parte.strip().removeprefix("whatsapp:") for parte in context.settings.get("ASESORES").split(",")}
+    return not nombrados.isdisjoint(
+        direccion.removeprefix("whatsapp:") or None for direccion in (message.address, message.raw.get("From", ""))
+    )
+
+
+def pasado_de(message: Message, context: Context, ajustes: Ajustes) -> list[Part] | None:
+    """What a user gets past their limit: a text for the first message, nothing for those after it."""
+    if not (ajustes.minuto or ajustes.dia):
+        return None
+    n = max(ajustes.minuto, ajustes.dia) + 2  # more need not be counted
+    cuenta = context.query(CUENTA, u=context.address, sid=message.sid, n=n, zona=ajustes.zona)[0]
+    for nombre, limite in (("dia", ajustes.dia), ("minuto", ajustes.minuto)):
+        if limite and cuenta[nombre] > limite:
+            context.log.info("🚦 over LIMITE_%s", nombre.upper())
+            return cortesia(context, f"limite_{nombre}") if cuenta[nombre] == limite + 1 else []
+    return None
+
+
+def cortesia(context: Context, clave: str) -> list[Part]:
+    """A courteous answer, also to a user who is with an advisor."""
+    if context.mode == "human":
+        context.query("UPDATE users SET mode_run = :run WHERE user_phone = :u AND mode = 'human'",
+                      run=context.run_id, u=context.address)  # fmt: skip
+    return [Part(texto(clave, context.language))]
+
+
+# --- The day's budget -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cuenta:
+    """The day's tokens by model: those that stand, and until when; a process begins anew with the whole day."""
+
+    firmes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    total: dict[str, tuple[int, int]] = field(default_factory=dict)
+    inicio: datetime | None = None
+    desde: datetime | None = None
+    mirada: float = float("-inf")  # monotonic
+    cerrojo: threading.Lock = field(default_factory=threading.Lock)
+
+
+CUENTAS: weakref.WeakKeyDictionary[Any, Cuenta] = weakref.WeakKeyDictionary()  # one a gateway, of which tests have more
+
+
+def agotado(context: Context, ajustes: Ajustes) -> bool:
+    """Whether today's responses have used up what the day allows."""
+    if not (ajustes.tokens or ajustes.dolares):
+        return False
+    cuenta = CUENTAS.setdefault(context.services, Cuenta())
+    with cuenta.cerrojo:
+        if time.monotonic() - cuenta.mirada > VIGENCIA:
+            mirar(context, ajustes, cuenta)
+            cuenta.mirada = time.monotonic()
+        gastado = dict(cuenta.total)
+    tokens = sum(entrada + salida for entrada, salida in gastado.values())
+    return bool(ajustes.tokens and tokens >= ajustes.tokens) or bool(
+        ajustes.dolares and costo(gastado, ajustes.precios) >= ajustes.dolares
+    )
+
+
+def mirar(context: Context, ajustes: Ajustes, cuenta: Cuenta) -> None:
+    """Bring the day's tokens up to date, reading only the responses that may have changed since the last time."""
+    firme = max(FIRME, 2 * context.settings.threads_run_timeout)
+    filas = context.query(GASTO, zona=ajustes.zona, firme=firme, desde=cuenta.desde)
+    if filas[0]["inicio"] != cuenta.inicio:
+        cuenta.inicio, cuenta.firmes = filas[0]["inicio"], {}
+    cuenta.firmes = sumadas(cuenta.firmes, [fila for fila in filas if fila["firme"]])
+    cuenta.total = sumadas(cuenta.firmes, [fila for fila in filas if not fila["firme"]])
+    cuenta.desde = filas[0]["corte"]
+
+
+def sumadas(base: dict[str, tuple[int, int]], filas: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Tokens by model with those of some rows added."""
+    suma = dict(base)
+    for fila in filas:
+        entrada, salida = suma.get(fila["model"] or "", (0, 0))
+        suma[fila["model"] or ""] = (entrada + fila["entrada"], salida + fila["salida"])
+    return suma
+
+
+def costo(gastado: dict[str, tuple[int, int]], precios: dict[str, tuple[float, float]]) -> float:
+    """US dollars; a model without a price costs as the dearest one."""
+    caro = max(precios.values(), key=sum)
+    return sum(
+        (entrada * precios.get(modelo, caro)[0] + salida * precios.get(modelo, caro)[1]) / 1e6
+        for modelo, (entrada, salida) in gastado.items()
+    )
+
+
+def sin_modelo(message: Message, context: Context) -> list[Part]:
+    """The traditional flow's answer to the whole turn, given with its last message.
+
+    The conversation at OpenAI lacks it, so it is left: the next one is told the transcript."""
+    if context.turn and message.sid != context.turn[-1].sid:
+        return []
+    context.log.warning("🚦 the day's budget is used up: the traditional flow answers")
+    context.query("DELETE FROM oa_threads_map WHERE user_phone = :u", u=context.address)
+    return context.fallback(message, "disabled") or [Part(texto("limite_gasto", context.language))]
