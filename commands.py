@@ -172,6 +172,14 @@ def chat(options: argparse.Namespace) -> int:
     return trial.chat(options)
 
 
+def demo(options: argparse.Namespace) -> int:
+    """Try Hilo in the browser, on a page that looks like WhatsApp, over a local Twilio and the embedded database;
+    nothing real is touched. Tools and assistants that are saved are loaded anew."""
+    import demo as page
+
+    return page.demo(options)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "serve": ("web and workers in one process (the default)", serve),
     "worker": ("workers only; any number share one database", worker),
@@ -180,6 +188,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
     "tools": ("list the plugins' tools and hooks, and what is wrong with them", tools),
     "runs": ("what is not done or failed lately; one run's story; a user's runs", runs),
     "forget": ("remove all that is kept of a user, here, at OpenAI and at Twilio", forget),
+    "demo": ("try Hilo in the browser, as a WhatsApp user would; touches nothing real", demo),
     "chat": ("talk to Hilo in the terminal; touches nothing real", chat),
 }
 
@@ -194,5 +203,9 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "--text": {"action": "store_true", "help": "show what was said, too"},
     },
     "forget": {"address": {"metavar": "ADDRESS", "help": "whatsapp:+52…, or an external user id"}},
+    "demo": {
+        "--log": {"action": "store_true", "help": "show the gateway's log"},
+        "--port": {"type": int, "help": "the page's port (8001, or any free one)"},
+    },
     "chat": {"--log": {"action": "store_true", "help": "show the gateway's log too"}},
 }

@@ -38,7 +38,10 @@ SELECT id, sid, raw ->> 'From' AS sender, direction, user_phone FROM messages
 WHERE id IN (SELECT id FROM mine) OR raw ->> 'OriginalRepliedMessageSid' IN (SELECT sid FROM mine)
 """
 
-ADDRESSES = "SELECT unnest(ARRAY[user_phone, reply_to]) AS address FROM users WHERE user_phone = ANY(:who)"
+ADDRESSES = """
+SELECT unnest(ARRAY[user_phone, reply_to]) AS address FROM users WHERE user_phone = ANY(:who)
+UNION SELECT address FROM addresses WHERE user_phone = ANY(:who)
+"""
 
 RESPONSES = "SELECT id FROM responses WHERE run_id IN (SELECT id FROM runs WHERE user_phone = ANY(:who))"
 

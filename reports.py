@@ -14,10 +14,11 @@ from settings import mask
 LATELY = 24  # hours
 LISTED = 50  # runs of one list
 
-# Which user an operator means: the address first seen, the latest one, or Twilio's ExternalUserId.
+# Which user an operator means: the address first seen, any other one, or Twilio's ExternalUserId.
 WHO = """
 SELECT user_phone FROM users
 WHERE user_phone = ANY(:names) OR reply_to = ANY(:names) OR external_user_id = ANY(:names)
+UNION SELECT user_phone FROM addresses WHERE address = ANY(:names)
 """
 
 OPEN = """
@@ -231,41 +232,3 @@ def tool_call(row: dict[str, Any]) -> Step:
     went = "ok" if row["ok"] else "begun, outcome unknown" if row["output"] is None else "failed"
     took = f", {row['milliseconds']} ms" if row["milliseconds"] is not None else ""
     return Step(row["started_at"], f"tool {row['name']}: {went}{took}", f"{row['arguments']}\n→ {row['output'] or ''}")
-
-
-# --- For the demo's side pane -----------------------------------------------------------------------------
-
-
-def inspect(db: Database, address: str) -> dict[str, Any]:
-    """Return a user's runs, newest first, with their states and tool calls, as page/chat.js reads them."""
-    who = users_named(db, address) or [address]
-    user = next(iter(db.rows("SELECT mode FROM users WHERE user_phone = :u", {"u": who[0]})), {"mode": "bot"})
-    thread = next(iter(db.rows("SELECT * FROM oa_threads_map WHERE user_phone = :u", {"u": who[0]})), {})
-    runs = [inspected(db, run) for run in db.rows(RUNS_OF, {"who": who, "n": 20})]
-    assistant = thread.get("assistant_id") or (runs[0]["assistant"] if runs else None)
-    return {"thread_id": thread.get("thread_id"), "assistant": assistant, "mode": user["mode"], "runs": runs}
-
-
-def inspected(db: Database, run: dict[str, Any]) -> dict[str, Any]:
-    """Return one run as the side pane shows it."""
-    key = {"id": run["id"]}
-    used = [row for row in db.rows(RESPONSES, key) if row["input_tokens"] is not None]
-    tokens = {"input": sum(row["input_tokens"] for row in used), "output": sum(row["output_tokens"] for row in used)}
-    calls = [
-        {"name": c["name"], "arguments": c["arguments"], "output": c["output"], "ok": c["ok"], "ms": c["milliseconds"]}
-        for c in db.rows(CALLS, key)
-    ]
-    return {
-        **{name: run[name] for name in ("id", "state", "outcome", "assistant", "thread_id")}, "calls": calls,
-        "created_at": run["created_at"].isoformat(), "seconds": run["age"], "tokens": tokens if used else None,
-        "error": run["reason"], "steps": states(run),
-    }  # fmt: skip
-
-
-def states(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the states that a run went through, each with its seconds; None for the one that it is in."""
-    moments = [("queued", run["created_at"]), ("waiting", run["started_at"]), ("sending", run["written_at"])]
-    seen = [(name, at) for name, at in moments if at]
-    ends = [*(at for _, at in seen[1:]), run["finished_at"]]
-    return [{"name": name, "seconds": (end - at).total_seconds() if end else None}
-            for (name, at), end in zip(seen, ends, strict=True)]  # fmt: skip

@@ -4,6 +4,7 @@ Both put a local Twilio (simulator.py) where the real one would be and leave the
 in by a signed webhook, the answer leaves over Twilio's REST API. They know nothing of DATABASE_URL, TWILIO_* and
 PUBLIC_URL. Each works on a database of its own in the embedded PostgreSQL, a copy of the local one without its users:
 so a team's catalogue and tables are there, no real user's message is answered here, and several may run at once.
+What is the demo's alone is in demo.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +38,7 @@ PREFIX = "trial_"  # of the databases made here
 MAKING = 4815162343  # PostgreSQL advisory lock: one at a time makes a database, or removes what others left
 PATIENCE = 30.0  # seconds that an answer may take after the run's deadline
 
-# Settings of a production `.env` that have no meaning here; so have all of Twilio's.
+# Settings of a production `.env` that have no meaning here; nor have Twilio's, nor a team's own webhooks.
 NOT_OURS = {"DATABASE_URL", "PUBLIC_URL", "PORT", "OPENAI_WEBHOOK_SECRET", "WORKER_THREADS"}
 
 log = logging.getLogger("hilo")
@@ -82,19 +83,23 @@ def named(url: str, name: str) -> str:
     return f"{head.rsplit('/', 1)[0]}/{name}?{query}"
 
 
-def trial_settings(twilio: Simulator, origin: str, **defaults: str) -> Settings:
+def trial_settings(twilio: Simulator, origin: str, defaults: dict[str, str], ours: dict[str, str]) -> Settings:
     """Return the settings of the environment with the local Twilio in place of the real one, and no database."""
-    kept = {k: v for k, v in environment().items() if v.strip() and k not in NOT_OURS and not k.startswith("TWILIO_")}
-    for name in set(os.environ) - set(kept):  # nor may an SDK find them
-        if name in NOT_OURS or name.startswith("TWILIO_"):
-            del os.environ[name]
-    ours = {
+    kept = {name: value for name, value in environment().items() if value.strip() and not is_real(name)}
+    for name in filter(is_real, list(os.environ)):  # nor may an SDK or a plugin find them
+        del os.environ[name]
+    local = {
         "PUBLIC_URL": origin, "TWILIO_ACCOUNT_SID": twilio.account_sid, "TWILIO_AUTH_TOKEN": twilio.auth_token,
         "TWILIO_FROM": twilio.number, "TWILIO_API_URL": twilio.url,
     }  # fmt: skip
-    settings = load_settings({"ASSISTANT_ID": "cursos", **defaults, **kept, **ours})
+    settings = load_settings({"ASSISTANT_ID": "cursos", **defaults, **kept, **local, **ours})
     gateway.check_assistant(settings)
     return settings
+
+
+def is_real(name: str) -> bool:
+    """Tell whether a variable leads to something real that a trial keeps away from."""
+    return name in NOT_OURS or name.startswith("TWILIO_") or name.endswith("_WEBHOOK_URL")
 
 
 @contextlib.contextmanager
@@ -149,7 +154,11 @@ def remove_remains(admin: pg8000.native.Connection) -> None:
 
 def forget_users(connection: pg8000.native.Connection) -> None:
     """Empty every table that holds something of a user, in a copy."""
-    connection.run("TRUNCATE users, messages, runs, responses, tool_calls, oa_threads_map, discarded_threads CASCADE")
+    found = connection.run("""SELECT quote_ident(table_name) FROM information_schema.columns
+        JOIN information_schema.tables USING (table_schema, table_name)
+        WHERE table_schema = current_schema() AND column_name = 'user_phone' AND table_type = 'BASE TABLE'""")
+    tables = [name for (name,) in found]
+    connection.run(f"TRUNCATE {', '.join(tables)}, responses, tool_calls, discarded_threads CASCADE")
 
 
 def load_sample(url: str) -> None:
@@ -171,11 +180,12 @@ def chat(options: argparse.Namespace) -> int:
     with until_stopped() as stack:
         say("Hilo: preparo la base de datos local…")
         twilio = stack.enter_context(Simulator(public_url=ORIGIN, threads=8))
-        settings = trial_settings(twilio, ORIGIN, BURST_SECONDS="0")
+        settings = trial_settings(twilio, ORIGIN, {"BURST_SECONDS": "0"}, {})
         show_log(settings, options.log)
         url = stack.enter_context(trial_database())
         hilo = stack.enter_context(running(settings, url, twilio))
-        say(f"{who_answers(hilo)} Escribe un mensaje y Enter; Ctrl-D o Ctrl-C para terminar.")
+        say(who_answers(hilo.assistant_state(), settings))
+        say("Escribe un mensaje y Enter; Ctrl-D o Ctrl-C para terminar.")
         Conversation(hilo, twilio).hold()
     return 0
 
@@ -199,19 +209,23 @@ def running(settings: Settings, url: str, twilio: Simulator) -> Iterator[gateway
     try:
         yield hilo
     finally:
-        log.setLevel(logging.CRITICAL)  # what still runs is cut off, on purpose
-        server.drain(1)
-        hilo.upkeep.stopping.set()
-        hilo.workers.stop(time.monotonic() + 2)
-        hilo.db.close()
+        stop_at_once(hilo, server)
 
 
-def who_answers(hilo: gateway.Gateway) -> str:
+def stop_at_once(hilo: gateway.Gateway, server: gateway.Server) -> None:
+    """Stop a gateway without waiting for the model: what is under way here is of no more use."""
+    log.setLevel(logging.CRITICAL)
+    server.drain(1)
+    hilo.upkeep.stopping.set()
+    hilo.workers.stop(time.monotonic() + 2)
+    hilo.db.close()
+
+
+def who_answers(assistant: Mapping[str, Any], settings: Settings) -> str:
     """Return a sentence that says whether the assistant or the traditional flow answers, and why."""
-    state = hilo.assistant_state()
-    if state["enabled"]:
-        return f"Contesta el asistente {state['id']} ({state['model']})."
-    why = "sin OPENAI_API_KEY" if not hilo.settings.openai_api_key else "el asistente no está disponible"
+    if assistant["enabled"]:
+        return f"Contesta el asistente {assistant['id']} ({assistant['model']})."
+    why = "el asistente no está disponible" if settings.openai_api_key else "sin OPENAI_API_KEY"
     return f"Contesta el flujo tradicional ({why})."
 
 
