@@ -304,7 +304,12 @@ function greeting() {
     })));
 }
 
-list.addEventListener("scroll", () => { $("#jump").hidden = nearEnd(); });
+let atEnd = true;
+list.addEventListener("scroll", () => {
+  atEnd = nearEnd();
+  $("#jump").hidden = atEnd;
+});
+new ResizeObserver(() => { if (atEnd) toEnd(); }).observe(list); // a keyboard that opens hides nothing
 $("#jump").addEventListener("click", toEnd);
 
 let loading = false, again = false;
@@ -690,7 +695,7 @@ const partsText = (parts = []) => parts.map(({ state, error }) => `${PARTS[state
 
 const BAD = new Set(["undelivered", "error", "failed"]);
 
-function runNode(run) {
+function runNode(run, thread) {
   const state = run.state === "done" ? OUTCOMES[run.outcome] ?? run.outcome ?? "terminada" : STATES[run.state] ?? run.state;
   const kind = run.state !== "done" ? "busy" : BAD.has(run.outcome) ? "bad" : run.outcome === "fallback" ? "warn" : "good";
   const when = typeof run.created_at === "number" ? new Date(run.created_at * 1000) : new Date(run.created_at);
@@ -698,7 +703,8 @@ function runNode(run) {
     make("header", {}, make("strong", {}, `Ejecución ${run.id}`), make("span", { className: `state ${kind}` }, state),
       make("span", { className: "ms" }, `${clock.format(when)}${run.seconds === null || run.seconds === undefined ? "" : ` · ${Number(run.seconds).toFixed(1)} s`}`)),
     run.steps?.length ? stepsNode(run.steps) : null,
-    make("dl", {}, ...fact("Asistente", run.assistant), ...fact("Hilo", run.thread_id), ...fact("Tokens", tokens(run.tokens)),
+    make("dl", {}, ...fact("Asistente", run.assistant),
+      ...(run.thread_id === thread ? [] : fact("Hilo", run.thread_id)), ...fact("Tokens", tokens(run.tokens)),
       ...fact("Mensajes", partsText(run.parts)), ...fact("Motivo", REASONS[run.error] ?? run.error)),
     ...(run.calls ?? []).map((call, index) => callNode(run, call, index)));
 }
@@ -710,7 +716,7 @@ function renderRuns(found) {
   $("#panel-runs").replaceChildren(
     make("h3", {}, people.get(current)?.name ?? ""),
     about.length ? make("dl", { className: "about" }, ...about) : "",
-    ...runs.map(runNode),
+    ...runs.map((run) => runNode(run, found.thread_id)),
     runs.length ? "" : make("p", { className: "empty" }, "Aquí se ve cada ejecución: sus estados, las herramientas que llamó el asistente y cuánto tardó."));
 }
 
