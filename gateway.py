@@ -115,7 +115,8 @@ def burst_of(text: str, form: Mapping[str, str], burst: float) -> float:
     """Return how long to wait for more, in seconds: less where the message looks complete."""
     if opt_word(text) or text.startswith("/") or form.get("ButtonPayload"):
         return 0.0
-    complete = text.rstrip().endswith(("?", ".", "!")) or len(text) > 80
+    spoken = form.get("MediaContentType0", "").startswith("audio/")  # who sends a voice note has said it
+    complete = text.rstrip().endswith(("?", ".", "!")) or len(text) > 80 or spoken
     return burst / 3 if complete else burst
 
 

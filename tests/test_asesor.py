@@ -180,6 +180,17 @@ def test_user_with_an_advisor_who_asks_again_is_answered_and_the_advisors_are_no
     assert chat.heard(ANA) == [WANTS, WANTS] and len(chat.heard(MARTA)) == 1
 
 
+def test_request_that_a_fault_broke_off_still_reaches_the_advisors_once(start: Start, twilio: Simulator) -> None:
+    chat = Chat(start(ASESORES=MARTA, LEASE_SECONDS="0.5"), twilio)
+    chat.hilo.rows("ALTER TABLE messages ADD CONSTRAINT sin_respuesta CHECK (reply IS NULL) NOT VALID")
+    twilio.receive(ANA, "/asesor", profile_name="Ana")
+    wait_for(lambda: chat.mode() == "human")
+    chat.hilo.rows("ALTER TABLE messages DROP CONSTRAINT sin_respuesta")
+    twilio.wait_for(ANA, 1)
+    chat.hilo.done()
+    assert chat.heard(ANA) == [WANTS] and len(chat.heard(MARTA)) == 1
+
+
 # --- Time -------------------------------------------------------------------------------------------------
 
 

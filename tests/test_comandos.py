@@ -106,6 +106,29 @@ def test_ayuda_names_the_advisors_only_where_there_are_some(start: Start, twilio
     assert "/asesor" in say(twilio, start(ASESORES="whatsapp:+5215500000001"), "/ayuda")[0]
 
 
+def test_ayuda_of_a_plugin_that_fails_leaves_the_rest(start: Start, twilio: Simulator) -> None:
+    assert say(twilio, start(ASESORES="Marta"), "/ayuda")[0].endswith("para no recibir más mensajes")
+
+
+@pytest.mark.parametrize(
+    ("gone", "text", "begins"),
+    [
+        (("asesor", "limites"), "/ayuda", "Esto es"),
+        (("comandos", "limites"), "/asesor", "Ya avisé"),
+        (("asesor", "comandos"), "hola", "Por hoy llegamos"),
+    ],
+)
+def test_plugin_works_without_the_others(
+    start: Start, twilio: Simulator, gone: tuple[str, str], text: str, begins: str
+) -> None:
+    hilo = start(ASESORES="whatsapp:+5215500000001", LIMITE_DIA="1")
+    for name in gone:
+        hilo.gateway.plugins.unload(f"tools.{name}")
+    if "limites" not in gone:
+        say(twilio, hilo, "hola")
+    assert say(twilio, hilo, text)[0].startswith(begins)
+
+
 def test_command_of_a_team_is_answered_by_its_plugin(
     woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
 ) -> None:

@@ -128,19 +128,22 @@ def pedir(message: Message, context: Context, ajustes: Ajustes) -> list[Part]:
         clave = "asesor_contacto" if ajustes.contacto else "asesor_no_hay"
         return [Part(texto(clave, context.language, contacto=ajustes.contacto))]
     avisado = Part(texto("asesor_avisado", context.language))
-    if pasar(context, ajustes):
+    if pasar(context, ajustes, otra_vez=True):
         motivo = message.text.strip()[len("/asesor") :].strip()
         return [avisado, *avisos(context, ajustes, motivo or texto("asesor_sin_motivo"))]
     hacer_oir(context)
     return [avisado]
 
 
-def pasar(context: Context, ajustes: Ajustes) -> bool:
-    """Put the conversation in the advisors' hands; False where it was, or the user wants no messages."""
+def pasar(context: Context, ajustes: Ajustes, otra_vez: bool = False) -> bool:
+    """Put the conversation in the advisors' hands; False where it was, or the user wants no messages.
+
+    `otra_vez`: also where this very run did so before, as it does when it is taken up after a crash."""
     return bool(context.query(
         """SELECT set_mode(user_phone, 'human', :run, now() + :minutos::float8 * interval '1 minute') AS modo FROM users
-            WHERE user_phone = :u AND (mode = 'bot' OR mode = 'human' AND mode_until <= now())""",
-        u=context.address, run=context.run_id, minutos=ajustes.minutos,
+            WHERE user_phone = :u AND (mode = 'bot' OR mode = 'human' AND (mode_until <= now()
+                OR :otra_vez AND mode_run = :run))""",
+        u=context.address, run=context.run_id, minutos=ajustes.minutos, otra_vez=otra_vez,
     ))  # fmt: skip
 
 

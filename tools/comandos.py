@@ -19,6 +19,7 @@ opt-out words (BAJA, STOP, ALTA…) are the core's. The texts are in `textos.tom
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -49,10 +50,12 @@ def mostrar_ayuda(message: Message, context: Context, idioma: str) -> str:
 
 def lineas(context: Context) -> Iterator[str]:
     """What the function `ayuda` of each plugin in `tools/` has to add."""
-    for nombre, modulo in sorted(sys.modules.items()):
-        ayuda = getattr(modulo, "ayuda", None) if nombre.startswith("tools.") else None
-        if callable(ayuda):
-            yield from ayuda(context)
+    for nombre in sorted(nombre for nombre in sys.modules if re.fullmatch(r"tools\.[a-z]\w*", nombre)):
+        ayuda = getattr(sys.modules[nombre], "ayuda", None)
+        try:
+            yield from ayuda(context) if ayuda else ()
+        except Exception as error:  # one plugin's settings are no reason to leave a user without help
+            context.log.warning("⚠️ ayuda in %s failed: %s", nombre, error)
 
 
 COMANDOS: dict[str, tuple[Callable[[Message, Context, str], str], str | None]] = {
