@@ -120,10 +120,12 @@ UPDATE runs SET held = false, creating = false, tries = tries + :tries::int,
 WHERE id = :id AND attempt = :a RETURNING extract(epoch FROM due_at - now())::float8 AS seconds
 
 -- name: rotate
+-- The conversation that is left is deleted at OpenAI, once nothing can be under way on it any more.
 WITH r AS (
     UPDATE runs SET state = 'queued', response_id = NULL, creating = false, tries = tries + 1
     WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING user_phone),
-d AS (DELETE FROM oa_threads_map WHERE user_phone = (SELECT user_phone FROM r))
+d AS (DELETE FROM oa_threads_map WHERE user_phone = (SELECT user_phone FROM r) RETURNING thread_id),
+k AS (INSERT INTO discarded_threads SELECT thread_id, now() + interval '1 hour' FROM d ON CONFLICT DO NOTHING)
 SELECT 1 AS done FROM r
 
 -- name: begin_calls
@@ -163,7 +165,8 @@ r AS (
     WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting')
         AND (SELECT count(*) FROM e) >= 0 -- first the response, then the run: the order in which webhooks lock them
     RETURNING id, user_phone),
-d AS (DELETE FROM oa_threads_map WHERE :leave AND user_phone = (SELECT user_phone FROM r)),
+d AS (DELETE FROM oa_threads_map WHERE :leave AND user_phone = (SELECT user_phone FROM r) RETURNING thread_id),
+k AS (INSERT INTO discarded_threads SELECT thread_id, now() + interval '1 hour' FROM d ON CONFLICT DO NOTHING),
 p AS (
     INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
     SELECT coalesce(x."to", r.user_phone), 'out', coalesce(x.text, ''), r.id, 'queued', x.media_url, x.content_sid, x.variables

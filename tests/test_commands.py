@@ -359,3 +359,19 @@ def test_forget_of_a_run_under_way_ends_it_unanswered(
     assert leftovers(hilo, ANA) == {}
     assert {record.status for record in openai_server.responses.values()} == {"cancelled"}
     assert twilio.sent_to(whatsapp(ANA)) == []
+
+
+def test_conversation_that_is_left_is_deleted_at_openai_though_no_user_has_it_any_more(
+    hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    answered(hilo, twilio, openai_server)
+    first = hilo.rows("SELECT thread_id FROM oa_threads_map")[0]["thread_id"]
+    openai_server.faults.append(Fault("POST /v1/responses$", status=500, repeat=None))
+    twilio.receive(ANA, "¿y Word?")
+    hilo.done(2)
+    left = [row["thread_id"] for row in hilo.rows("SELECT thread_id FROM discarded_threads WHERE due_at > now()")]
+    assert first in left and len(left) == len(openai_server.conversations)
+    hilo.rows("UPDATE discarded_threads SET due_at = now()")
+    hilo.gateway.upkeep.delete_discarded()
+    assert all(record.deleted and not record.items for record in openai_server.conversations.values())
+    assert hilo.rows("SELECT FROM discarded_threads") == []
