@@ -291,7 +291,7 @@ class Tool:
             return self.arguments.model_validate(given)
         except pydantic.ValidationError as error:
             nulls = [e["loc"] for e in error.errors() if e["input"] is None and e["type"] != "missing"]
-            if not nulls or not all(_drop(given, loc) for loc in nulls):
+            if not any([_drop(given, loc) for loc in nulls]):
                 raise
         return self.arguments.model_validate(given)
 
@@ -371,6 +371,8 @@ def _strict(schema: dict[str, Any], name: str) -> dict[str, Any]:
         kept = {key: value for key, value in node.items() if key in _KEPT}
         if kept.get("format") not in _FORMATS:
             kept.pop("format", None)
+        if "(?" in kept.get("pattern", ""):  # look-around is refused; the arguments are held to it all the same
+            kept.pop("pattern")
         if node.get("type") == "object":
             kept["properties"] = {
                 key: visit(_nullable(value, key not in node.get("required", ())), f"{path}.{key}")
@@ -426,14 +428,16 @@ def _modern(hint: Any) -> Any:
 
 
 def _drop(value: Any, loc: tuple[int | str, ...]) -> bool:
-    """Remove the key at `loc` from nested dicts and lists; False where there is no such key."""
-    try:
-        for step in loc[:-1]:
+    """Remove the key at `loc` that holds a null; False where a list holds it. A union's member in it is passed by."""
+    for step in loc:
+        if isinstance(value, dict) and step in value:
+            if value[step] is None:
+                del value[step]
+                return True
             value = value[step]
-        del value[loc[-1]]
-    except (KeyError, IndexError, TypeError):
-        return False
-    return True
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+    return False
 
 
 def _faults(error: pydantic.ValidationError) -> str:
