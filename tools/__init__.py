@@ -308,8 +308,8 @@ def make_tool(function: Callable[..., Any], side_effects: bool = False, timeout:
     description = inspect.getdoc(function)
     if not description:
         raise PluginError(f"{name}: needs a docstring; the assistant reads it to know when to call the tool")
-    if not (isinstance(timeout, (int, float)) and timeout > 0):
-        raise PluginError(f"{name}: timeout={timeout!r} has to be a number of seconds above 0")
+    if not (isinstance(timeout, (int, float)) and 0 < timeout <= 3600):
+        raise PluginError(f"{name}: timeout={timeout!r} has to be a number of seconds above 0, at most 3600")
     fields, context_name = _parameters(function, name)
     arguments, schema = _schema(name, fields)
     return Tool(name, description, schema, function, arguments, context_name, side_effects, float(timeout))
@@ -338,7 +338,7 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[dict[str, Any]
                     f"{name}: describe {parameter.name!r} with Annotated[type, Field(…)], not as its default"
                 )
             # An alias lets a parameter have any name, also one that pydantic keeps for itself ("json", "_x").
-            fields[f"arg_{parameter.name}"] = (_modern(hint), pydantic.Field(default, alias=parameter.name))
+            fields[f"arg_{parameter.name}"] = (_taken(hint, name), pydantic.Field(default, alias=parameter.name))
     return fields, context_name
 
 
@@ -403,14 +403,19 @@ def _nullable(node: dict[str, Any], optional: bool) -> dict[str, Any]:
     return {"anyOf": [*options, {"type": "null"}], **description}
 
 
+def _taken(hint: Any, name: str) -> Any:
+    """Return a hint as pydantic takes it; raises PluginError for a TypedDict that refers to itself."""
+    try:
+        return _modern(hint)
+    except RecursionError:
+        raise PluginError(f"{name}: a TypedDict refers to itself; use a pydantic model for that") from None
+
+
 def _modern(hint: Any) -> Any:
     """Return a hint in which each typing.TypedDict is one that pydantic takes (needed before Python 3.12)."""
-    if typing.is_typeddict(hint) and type(hint).__module__ == "typing":
-        required = hint.__required_keys__
-        fields = {
-            key: _modern(value) if key in required else typing_extensions.NotRequired[_modern(value)]
-            for key, value in typing.get_type_hints(hint, include_extras=True).items()
-        }
+    if typing_extensions.is_typeddict(hint):
+        hints = typing_extensions.get_type_hints(hint, include_extras=True)
+        fields = {key: _key(value, key in hint.__required_keys__) for key, value in hints.items()}
         make: Any = typing_extensions.TypedDict
         made = make(hint.__name__, fields)
         made.__doc__, made.__module__ = hint.__doc__, hint.__module__
@@ -425,6 +430,15 @@ def _modern(hint: Any) -> Any:
     if changed == arguments:
         return hint
     return typing.Union[changed] if origin in (typing.Union, types.UnionType) else origin[changed]  # noqa: UP007
+
+
+def _key(hint: Any, required: bool) -> Any:
+    """Return the hint of a TypedDict's key, which says itself whether it is required where `required` does not hold."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Required, typing.NotRequired, typing_extensions.Required, typing_extensions.NotRequired):
+        required = origin in (typing.Required, typing_extensions.Required)
+        hint = typing.get_args(hint)[0]
+    return _modern(hint) if required else typing_extensions.NotRequired[_modern(hint)]
 
 
 def _drop(value: Any, loc: tuple[int | str, ...]) -> bool:
