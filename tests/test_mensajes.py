@@ -581,6 +581,17 @@ def test_command_that_a_plugin_answers_shows_no_typing(hilo: Hilo, twilio: Simul
     assert twilio.typing == []
 
 
+def test_user_who_talks_to_an_advisor_sees_no_typing(hilo: Hilo, twilio: Simulator) -> None:
+    hilo.gateway.plugins.unload("tools.asesor")
+    twilio.receive(ANA, "hola")
+    hilo.done()
+    hilo.rows("UPDATE users SET mode = 'human'")
+    twilio.receive(ANA, "gracias")
+    hilo.done(2)
+    hilo.gateway.journey.events.stop()
+    assert len(twilio.typing) == 1
+
+
 def test_typing_that_twilio_refuses_does_not_touch_the_answer(
     hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI
 ) -> None:

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tools import Context, Media, Message, ToolError
+from tools import Context, Media, Message, ToolError, clean
 
 Parte = dict[str, Any]
 Entrada = str | list[Parte]
@@ -144,7 +144,7 @@ def unido(piezas: list[str | Parte]) -> Entrada:
     for pieza in piezas:
         if not isinstance(pieza, str):
             partes.append(pieza)
-        elif palabras := limpio(pieza):
+        elif palabras := clean(pieza).strip():
             if partes and partes[-1]["type"] == "input_text":
                 palabras = f"{partes.pop()['text']}\n{palabras}"
             partes.append({"type": "input_text", "text": palabras})
@@ -154,11 +154,6 @@ def unido(piezas: list[str | Parte]) -> Entrada:
 
 
 # --- Words ----------------------------------------------------------------------------------------------------
-
-
-def limpio(texto: str) -> str:
-    """A text that PostgreSQL and JSON take: without NUL and halves of characters."""
-    return texto.replace("\x00", "").encode("utf-8", "ignore").decode("utf-8").strip()
 
 
 def breve(texto: str, largo: int = 200) -> str:

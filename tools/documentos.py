@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 from tools import Context, Media, Message, ToolError, hookimpl
-from tools._entrada import Entrada, Lectura, Parte, breve, lee_archivo, leer, limpio
+from tools._entrada import Entrada, Lectura, Parte, breve, lee_archivo, leer
 
 PDF = 8 * 1024 * 1024  # bytes
 TEXTO = 1024 * 1024  # bytes
@@ -49,7 +49,7 @@ def pdf(media: Media, lectura: Lectura) -> list[str | Parte]:
 @lee_archivo(*TEXTOS, si_falla=NO_SE_ABRIO)
 def texto(media: Media, lectura: Lectura) -> str:
     """What a text file says, the beginning of a long one."""
-    dicho = limpio(descifrado(lectura.descargar(media, TEXTO)))
+    dicho = descifrado(lectura.descargar(media, TEXTO)).strip()
     corte = ", del que este es el comienzo" if len(dicho) > CARACTERES else ""
     nombre = nombre_de(lectura.message) or "de texto"
     return f"[El usuario envió el archivo «{nombre}»{corte}:]\n{dicho[:CARACTERES]}\n[Fin del archivo.]"
