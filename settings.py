@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import frontmatter
 import pydantic
 
 HERE = Path(__file__).parent
+HEX = "[0-9a-fA-F]{32}"
 
 log = logging.getLogger("hilo")
 
@@ -35,21 +37,21 @@ def setting(needs: str, default: Any = None, **constraints: Any) -> Any:
 class Settings(pydantic.BaseModel):
     """What the environment says. Attributes are the variables' names in lower case."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", str_strip_whitespace=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     database_url: pydantic.SecretStr | None = setting("postgresql://user:password@host:port/database")
     port: int = setting("a port number from 1 to 65535", 8000, ge=1, le=65535)
     public_url: str | None = setting(
         "the address Twilio calls, https://host without a path", pattern=r"^https?://[^/\s?#]+/?$"
     )
-    twilio_account_sid: str | None = setting("an account sid, AC and 32 hexadecimal digits", pattern=r"^AC\w{32}$")
+    twilio_account_sid: str | None = setting("an account sid, AC and 32 hexadecimal digits", pattern=f"^AC{HEX}$")
     twilio_auth_token: pydantic.SecretStr | None = setting("the account's auth token")
     twilio_webhook_secret: pydantic.SecretStr | None = setting("the key that signs webhooks, if not the auth token")
     twilio_from: str | None = setting(
-        "whatsapp:+ and the number, or a Messaging Service MG…", pattern=r"^(whatsapp:\+\d{5,15}|MG\w{32})$"
+        "whatsapp:+ and the number, or a Messaging Service MG…", pattern=rf"^(whatsapp:\+[0-9]{{5,15}}|MG{HEX})$"
     )
     twilio_template_sid: str | None = setting(
-        "the ContentSid (HX…) of a template to send when WhatsApp's 24-hour window is shut", pattern=r"^HX\w{32}$"
+        "the ContentSid (HX…) of a template to send when WhatsApp's 24-hour window is shut", pattern=f"^HX{HEX}$"
     )
     twilio_api_url: str | None = setting("https://host, in place of Twilio's own hosts", pattern=r"^https?://[^/\s?#]+/?$")
     openai_api_key: pydantic.SecretStr | None = setting("an OpenAI API key")
@@ -66,6 +68,24 @@ class Settings(pydantic.BaseModel):
     lease_seconds: float = setting("seconds from 0.5 to 600", 10.0, ge=0.5, le=600)
     admin_token: pydantic.SecretStr | None = setting("a secret that opens the operators' pages")
     environ: Mapping[str, str] = pydantic.Field(default_factory=dict, exclude=True, repr=False)
+
+    @pydantic.field_validator("openai_api_key", "twilio_auth_token", "admin_token")
+    @classmethod
+    def fits_a_header(cls, secret: pydantic.SecretStr | None) -> pydantic.SecretStr | None:
+        """Refuse what no HTTP header can carry, such as a typographic quote."""
+        if secret and not re.fullmatch("[!-~]+", secret.get_secret_value()):
+            raise ValueError("not ASCII, or with white space in it")
+        return secret
+
+    @pydantic.field_validator("openai_webhook_secret")
+    @classmethod
+    def is_a_key(cls, secret: pydantic.SecretStr | None) -> pydantic.SecretStr | None:
+        """Refuse what the SDK could not decode when the first event comes."""
+        if secret and not re.fullmatch("whsec_[A-Za-z0-9+/]+=*", secret.get_secret_value()):
+            raise ValueError("not whsec_ and base64")
+        if secret:
+            base64.b64decode(secret.get_secret_value()[6:], validate=True)
+        return secret
 
     def get(self, name: str, default: str = "") -> str:
         """Return any other variable, for a plugin's own settings."""
@@ -111,7 +131,7 @@ def environment() -> dict[str, str]:
 def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
     """Return the settings that can be used, and one line for each variable that cannot."""
     environ = environment() if environ is None else environ
-    given = {name.lower(): environ[name] for name in variables() if environ.get(name, "").strip()}
+    given = {name.lower(): environ[name].strip() for name in variables() if environ.get(name, "").strip()}
     faults: list[str] = []
     while True:
         try:
