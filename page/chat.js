@@ -633,7 +633,7 @@ function player(url) {
 
 // --- The side pane ----------------------------------------------------------------------------------------------
 
-const STATES = { queued: "en cola", waiting: "con el modelo", sending: "enviando", done: "terminada" };
+const STATES = { queued: "en cola", waiting: "con el modelo", writing: "preparando la respuesta", sending: "enviando", done: "terminada" };
 const OUTCOMES = {
   answered: "respondida", fallback: "flujo tradicional", intercepted: "respondida sin modelo", undelivered: "no entregada",
 };

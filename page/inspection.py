@@ -81,5 +81,6 @@ def _steps(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The stretches that a run has begun; the seconds of the one under way are not known yet."""
     states = ("queued", "waiting", "sending")
     last = states.index(run["state"]) if run["state"] in states else len(states) - 1
-    stretches = [{"name": name, "seconds": run[name]} for name in states[: last + 1]]
-    return [one for one in stretches if one["seconds"] is not None or one["name"] == run["state"]]
+    begun = [name for name in states[: last + 1] if run[name] is not None or name == run["state"]]
+    names = {} if run["assistant"] else {"waiting": "writing"}  # no model had a part in it
+    return [{"name": names.get(name, name), "seconds": run[name]} for name in begun]

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from simulator import Simulator
 from tests.conftest import Hilo
 from tests.local_openai import Answer, LocalOpenAI, calls, course_assistant, script
 from tests.receiver import Receiver
+from tests.test_chat import read_until
 from tools import cursos
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 Scheme = Literal["light", "dark"]
 
 ANA, LUIS = "whatsapp:+5215512345671", "whatsapp:+5218112345672"
+PATIENCE = 20.0  # seconds
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 BROWSER_ARGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
                 "--disable-component-update --disable-sync --use-fake-device-for-media-stream "
@@ -271,7 +275,7 @@ def new_window(browser: Browser, size: str, scheme: Scheme = "light", **more: An
     context = browser.new_context(
         viewport={"width": width, "height": height}, has_touch=size == "phone", is_mobile=size == "phone",
         color_scheme=scheme, locale="es-MX", timezone_id="America/Mexico_City", **more)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(PATIENCE * 1000)
     return context.new_page()
 
 
@@ -310,9 +314,9 @@ class Chat:
 
     def until(self, expression: str) -> None:
         """Wait for a JavaScript expression to be true (the page's policy forbids Playwright's own way)."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while not self.page.evaluate(expression):
-            assert time.monotonic() < end, f"not within 10 s: {expression}"
+            assert time.monotonic() < end, f"not within {PATIENCE} s: {expression}"
             self.page.wait_for_timeout(50)
 
     def answer(self, text: str) -> Any:
@@ -617,6 +621,58 @@ def test_a_conversation_with_the_gateway_is_answered_and_told_beside_it(
     assert "ING-101" in chat.see(".run details[open] pre >> nth=0").inner_text()
     if os.environ.get("HILO_SCREENSHOT") and not chat.is_phone:
         details.locator("summary").click()
-        chat.page.set_viewport_size({"width": 1160, "height": 670})
+        chat.page.set_viewport_size({"width": 1140, "height": 632})
         chat.page.locator("#text").focus()
         chat.page.screenshot(path=SCREENSHOT)
+
+
+# --- With the demo --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo_openai() -> Iterator[LocalOpenAI]:
+    with LocalOpenAI() as server:
+        server.model = course_assistant
+        server.transcription = "Busco un curso de fotografía"
+        yield server
+
+
+@pytest.fixture(scope="module")
+def demo_url(browser: Browser, demo_openai: LocalOpenAI, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of `python gateway.py demo`, which ends with exit code 0 on SIGTERM."""
+    ours = {"OPENAI_API_KEY": "sk-local", "OPENAI_BASE_URL": demo_openai.url, "BURST_SECONDS": "0"}
+    command = [sys.executable, str(FILES.parent / "gateway.py"), "demo", "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path_factory.mktemp("demo"), env=os.environ | ours, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = read_until(process, "✅ Hilo demo: ").splitlines()[-1]
+    yield line.partition(": ")[2].strip()
+    process.terminate()
+    _, complaints = process.communicate(timeout=30)
+    assert process.returncode == 0, complaints
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_the_demo_answers_texts_and_voice_notes_and_tells_of_its_runs(
+        windows: dict[str, Page], demo_url: str, size: str) -> None:
+    chat = Chat(windows[size], demo_url)
+    if chat.is_phone:
+        chat.choose("Sofía Méndez")
+    chat.write("inglés")
+    assert "Inglés básico" in chat.answer("Encontré").inner_text()
+    assert chat.see(".message.user .tick").get_attribute("aria-label") == "Leído"
+    chat.open_side("runs")
+    run = chat.see(".run[data-state=done]", "buscar_curso")
+    run.locator("summary").click()
+    assert "ING-101" in chat.see(".run details[open] pre >> nth=1").inner_text()
+    chat.close_side()
+    chat.choose("Luis Ortega")
+    seen = chat.page.locator(".message.hilo").count()
+    chat.page.click("#record")
+    chat.see("#record-time", "0:01")
+    chat.page.click("#record-send")
+    chat.until(f"document.querySelectorAll('.message.hilo:not(.typing)').length > {seen}")
+    assert "Fotografía" in chat.answer("Encontré").inner_text()
+    chat.open_side("plugins")
+    assert chat.see(".plugin", "tools/voz.py").locator(".state").inner_text() == "cargado"
+    chat.leave()
+    assert chat.complaints == []
