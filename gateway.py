@@ -599,6 +599,7 @@ class Journey:
         facts = {"calls": json.dumps(rows), "ids": ids, **run.ended}
         begun = self.runs.renew(run, longest, "begin_calls", **facts)["known"] or {}
         run.check_lease()
+        self.last_message(run)  # tools may ask for the turn
         jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
         for job in jobs:
             if job is not None:

@@ -16,8 +16,8 @@ WAITS = "SELECT extract(epoch FROM due_at - now())::float8 AS s FROM runs WHERE 
 
 def turns(server: LocalOpenAI) -> list[list[tuple[str, str]]]:
     """The input of each create call: role and text."""
-    bodies = [request.body for request in server.requests if (request.method, request.path) == ("POST", "/v1/responses")]
-    return [[(item["role"], item["content"]) for item in body["input"]] for body in bodies]
+    asked = [r for r in server.requests if (r.method, r.path) == ("POST", "/v1/responses")]
+    return [[(item["role"], item["content"]) for item in request.body["input"]] for request in asked]
 
 
 def test_three_messages_in_a_row_are_one_turn_and_one_answer(

@@ -178,7 +178,6 @@ def test_language_is_the_one_of_the_latest_text_that_shows_one(
         ("hola", "Listo, ya no te"),
         ("hello, I need a course", "Done, we will"),
         ("oi, tudo bem?", "Pronto, não"),
-        ("2", "Listo, ya no te"),
     ],
 )
 def test_opt_out_is_confirmed_in_the_language_of_what_was_written_before(
