@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,9 @@ def main(arguments: list[str]) -> int:
         print(f"database: {'its schema is missing: python gateway.py migrate' if missing else error}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read on, as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 1
 
 

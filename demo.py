@@ -37,7 +37,7 @@ from trial import say, show_log, stop_at_once, trial_database, trial_settings, u
 PORT = 8001  # of the page, where it is free
 WATCHED = ("tools/*.py", "tools/*.toml", "assistants/*.md")
 TICK = 0.2  # seconds between looks at the process; files are looked at once a second
-PAUSE = 2.0  # seconds before a gateway that ends by itself is started again
+PAUSE = 1.0  # seconds before a gateway that ends by itself is started again
 LAST_WORDS = 4.0  # seconds that a gateway has to end in good order
 ADVISOR = ("Rosa (asesora)", "whatsapp:+5215512345679")
 TEMPLATE_SID = "HX" + "d" * 32
