@@ -53,13 +53,16 @@ def connection_options(url: str) -> dict[str, Any]:
         query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
         if parts.scheme not in ("postgres", "postgresql") or not parts.path.strip("/"):
             raise ValueError
-        host, port = unquote(parts.hostname or "") or query.get("host", "localhost"), parts.port or 5432
+        # A percent-encoded directory of a socket keeps its capitals; urlsplit would lower them.
+        given = parts.netloc.rpartition("@")[2] if "%2f" in parts.netloc.lower() else parts.hostname or ""
+        host = unquote(given.partition(":")[0] if "%" in given else given) or query.get("host", "localhost")
+        port = parts.port or int(query.get("port", 5432))
         mode = query.get("sslmode", "prefer")
     except ValueError:
         raise ConfigurationError("DATABASE_URL=(secret) cannot be used: it needs postgresql://…/database") from None
     options = {
         "user": unquote(parts.username or query.get("user", "postgres")),
-        "password": unquote(parts.password) if parts.password else None,
+        "password": unquote(parts.password) if parts.password else query.get("password"),
         "database": unquote(parts.path.strip("/")),
         "application_name": "hilo",
         "startup_params": {"statement_timeout": "15000"},
@@ -80,7 +83,10 @@ def tls(mode: str, root: str | None) -> ssl.SSLContext | bool | None:
     if mode not in ("verify-ca", "verify-full"):
         known = "disable, allow, prefer, require, verify-ca, verify-full"
         raise ConfigurationError(f"DATABASE_URL: sslmode={mode!r} is none of {known}")
-    context = ssl.create_default_context(cafile=root)
+    try:
+        context = ssl.create_default_context(cafile=root)
+    except OSError as error:
+        raise ConfigurationError(f"DATABASE_URL: sslrootcert={root!r} cannot be used: {error.strerror}") from None
     context.check_hostname = mode == "verify-full"
     return context
 

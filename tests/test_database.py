@@ -1,0 +1,276 @@
+"""The pool, DATABASE_URL in its forms, the migration, and the queue's statements where two workers meet."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from database import QUERIES, Database, DatabaseDown, DatabaseFault, connection_options, migrate, schema_version
+from settings import ConfigurationError
+from tests.conftest import ANA, Server, free_port
+
+HOST = {"host": "db.example", "port": 5432, "database": "hilo", "user": "u", "password": "p"}
+
+
+@pytest.fixture
+def db(database_url: str) -> Any:
+    database = Database(database_url, 3)
+    yield database
+    database.close()
+
+
+# --- DATABASE_URL -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("postgresql://u:p@db.example/hilo", HOST | {"ssl_context": None}),
+        ("postgres://u:p@db.example:6543/hilo", HOST | {"port": 6543}),
+        ("postgresql://u:p@db.example/hilo?sslmode=prefer", HOST | {"ssl_context": None}),
+        ("postgresql://u:p@db.example/hilo?sslmode=disable", HOST | {"ssl_context": False}),
+        ("postgresql://u:p@db.example/hilo?sslmode=require", HOST | {"ssl_context": True}),
+        (
+            "postgresql://u%40x:p%3A%2F%23%25@db.example/hi%20lo",
+            {"user": "u@x", "password": "p:/#%", "database": "hi lo"},
+        ),
+        ("postgresql://u@db.example/hilo", {"user": "u", "password": None}),
+        ("postgresql://[::1]:6543/hilo", {"host": "::1", "port": 6543}),
+        ("postgresql:///hilo?host=/var/run/pg&user=u", {"unix_sock": "/var/run/pg/.s.PGSQL.5432", "user": "u"}),
+        ("postgresql://u@/hilo?host=/Tmp/Un Lugar", {"unix_sock": "/Tmp/Un Lugar/.s.PGSQL.5432", "ssl_context": False}),
+        ("postgresql://u@%2FTmp%2FDatos/hilo", {"unix_sock": "/Tmp/Datos/.s.PGSQL.5432", "database": "hilo"}),
+        ("postgresql://u@%2FTmp%2FDatos:6543/hilo", {"unix_sock": "/Tmp/Datos/.s.PGSQL.6543"}),
+        ("postgresql:///hilo?host=/tmp&port=6543&password=x", {"unix_sock": "/tmp/.s.PGSQL.6543", "password": "x"}),
+        ("postgresql:///hilo", {"host": "localhost", "port": 5432}),
+        ("postgresql://DB.Example/hilo?connect_timeout=10&application_name=x", {"host": "db.example"}),
+    ],
+)
+def test_url_becomes_the_drivers_options(url: str, options: dict[str, Any]) -> None:
+    got = connection_options(url)
+    assert {name: got.get(name) for name in options} == options
+
+
+def test_verified_tls_checks_the_certificate_and_full_the_name_too() -> None:
+    options = [
+        connection_options(f"postgresql://h/d?sslmode={mode}")["ssl_context"] for mode in ("verify-ca", "verify-full")
+    ]
+    assert [context.verify_mode for context in options] == [ssl.CERT_REQUIRED] * 2
+    assert [context.check_hostname for context in options] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "hilo", "mysql://u:clave@h/d", "postgresql://u:clave@h", "postgresql://u:clave@h/", "postgresql://u:clave@h:x/d",
+        "postgresql://u:clave@h:99999/d", "postgresql://u:clave@[h/d", "postgresql://u:clave@h/d?sslmode=maybe",
+        "postgresql://u:clave@h/d?sslmode=verify-full&sslrootcert=/no/hay.pem", "postgresql:///d?port=clave",
+        "postgresql://u:clave@h:5432:1/d",
+    ],
+)  # fmt: skip
+def test_url_that_cannot_be_used_is_one_line_without_the_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="DATABASE_URL") as caught:
+        connection_options(url)
+    assert "clave" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- The pool ---------------------------------------------------------------------------------------------
+
+
+def test_fault_is_an_sqlstate_and_a_constraint_and_quotes_nobody(db: Database) -> None:
+    db.rows("CREATE TABLE t (x text CONSTRAINT corta CHECK (length(x) < 3))")
+    with pytest.raises(DatabaseFault) as caught:
+        db.rows("INSERT INTO t VALUES (:x)", {"x": "un secreto"})
+    assert str(caught.value) == "SQLSTATE 23514 corta" and caught.value.__cause__ is None
+    with pytest.raises(DatabaseFault, match=r"^SQLSTATE 42P01$"):
+        db.rows("SELECT * FROM no_existe")
+    assert db.rows("SELECT 1 AS n") == [{"n": 1}]  # the connection is as good as before
+
+
+def test_server_that_is_not_there_is_down_in_few_words() -> None:
+    database = Database(f"postgresql://u:clave@127.0.0.1:{free_port()}/d")
+    with pytest.raises(DatabaseDown) as caught:
+        database.rows("SELECT 1")
+    assert "clave" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_connection_that_the_server_closed_is_replaced_unseen(db: Database) -> None:
+    (pid,) = [row["pid"] for row in db.rows("SELECT pg_backend_pid() AS pid")]
+    killer = Database(db_url(db), 1)
+    killer.rows("SELECT pg_terminate_backend(:p)", {"p": pid})
+    killer.close()
+    assert db.rows("SELECT pg_backend_pid() AS pid")[0]["pid"] != pid
+
+
+def db_url(db: Database) -> str:
+    """The URL of a database on a socket."""
+    folder = db.options["unix_sock"].rpartition("/")[0]
+    return f"postgresql://{db.options['user']}@/{db.options['database']}?host={folder}"
+
+
+def test_connection_killed_in_the_middle_of_a_statement_is_down_and_the_next_one_works(db: Database) -> None:
+    pid = db.rows("SELECT pg_backend_pid() AS pid")[0]["pid"]
+    killer = Database(db_url(db), 1)
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(db.rows, "SELECT pg_sleep(20)")
+        running = (
+            "SELECT count(*) AS n FROM pg_stat_activity WHERE pid = :p AND query LIKE '%pg_sleep%' AND state = 'active'"
+        )
+        while not killer.rows(running, {"p": pid})[0]["n"]:
+            threading.Event().wait(0.01)
+        killer.rows("SELECT pg_terminate_backend(:p)", {"p": pid})
+        with pytest.raises(DatabaseDown):
+            hanging.result(10)
+    killer.close()
+    assert db.rows("SELECT 1 AS n") == [{"n": 1}]
+
+
+def test_value_that_cannot_be_encoded_leaves_the_pool_whole(db: Database) -> None:
+    for _ in range(5):  # more often than there are connections
+        with pytest.raises(UnicodeEncodeError):
+            db.rows("SELECT :x::text", {"x": "\ud800"})
+    assert db.rows("SELECT :x::text AS x", {"x": "bien"}) == [{"x": "bien"}]
+
+
+def test_many_threads_share_few_connections_and_each_gets_its_own_rows(db: Database) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda n: db.rows("SELECT :n::int AS n", {"n": n})[0]["n"], range(200)))
+    assert answers == list(range(200))
+    with_me = db.rows("SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()")[0]["n"]
+    assert with_me <= 3
+
+
+def test_plan_made_stale_by_a_migration_is_made_anew(db: Database) -> None:
+    db.rows("CREATE TABLE t (x int)")
+    db.rows("INSERT INTO t VALUES (1)")
+    assert db.rows("SELECT * FROM t") == [{"x": 1}]
+    db.rows("ALTER TABLE t ADD y int DEFAULT 2")
+    with pytest.raises(DatabaseDown):
+        db.rows("SELECT * FROM t")
+    assert db.rows("SELECT * FROM t") == [{"x": 1, "y": 2}]
+
+
+def test_closed_pool_keeps_no_connection_not_even_one_that_was_lent(db: Database) -> None:
+    with db.connection():
+        db.close()
+    other = Database(db_url(db), 1)
+    left = "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    while other.rows(left)[0]["n"]:
+        threading.Event().wait(0.01)
+    with pytest.raises(DatabaseDown):
+        db.rows("SELECT 1")
+    other.close()
+
+
+# --- The migration ----------------------------------------------------------------------------------------
+
+
+def test_schema_is_applied_once_and_may_be_applied_again(empty_database_url: str) -> None:
+    assert migrate(empty_database_url) is True and migrate(empty_database_url) is False
+    database = Database(empty_database_url, 1)
+    before = database.rows("SELECT value FROM hilo WHERE key = 'safety_secret'")
+    database.rows("UPDATE hilo SET value = '0' WHERE key = 'schema_version'")
+    assert migrate(empty_database_url) is True
+    assert database.rows("SELECT value FROM hilo WHERE key = 'safety_secret'") == before
+    database.close()
+
+
+def test_two_processes_that_migrate_at_once_both_end_well(empty_database_url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        applied = list(pool.map(migrate, [empty_database_url] * 4))
+    assert sorted(applied) == [False, False, False, True]
+
+
+def test_schema_of_a_newer_release_is_left_alone(empty_database_url: str) -> None:
+    migrate(empty_database_url)
+    database = Database(empty_database_url, 1)
+    database.rows("UPDATE hilo SET value = '9999' WHERE key = 'schema_version'")
+    assert migrate(empty_database_url) is False
+    assert database.rows("SELECT value FROM hilo WHERE key = 'schema_version'") == [{"value": "9999"}]
+    database.close()
+
+
+def test_schema_says_its_version_twice_alike() -> None:
+    text = (Path(__file__).parent.parent / "schema.sql").read_text("utf-8")
+    assert f"('schema_version', '{schema_version(text)}')" in text
+
+
+def test_owner_who_is_no_superuser_can_migrate(postgres: Server) -> None:
+    name, role = postgres.create("template1"), postgres.new_name()
+    postgres.run(f"CREATE ROLE {role} LOGIN")
+    postgres.run(f"ALTER DATABASE {name} OWNER TO {role}")
+    try:
+        url = postgres.named(name).replace("postgres@", f"{role}@")
+        assert migrate(url) is True
+    finally:
+        postgres.drop(name)
+        postgres.run(f"DROP ROLE {role}")
+
+
+def test_every_statement_is_one_that_the_schema_knows(db: Database) -> None:
+    with db.connection() as connection:
+        for name in QUERIES:
+            connection.prepare(QUERIES[name]).close()
+
+
+# --- Two workers on one run -------------------------------------------------------------------------------
+
+
+def received(db: Database, sid: str = "SM1", **more: Any) -> Any:
+    """What the receiving statement returns for one message."""
+    given = {"sid": sid, "sender": ANA, "own": "whatsapp:+1", "external": None, "profile": "", "body": "hola", "raw": "{}",
+             "opt": None, "burst": 0.0, "at": None, "language": None}  # fmt: skip
+    return db.one("receive", **{**given, **more})
+
+
+def test_run_is_claimed_by_one_worker_only(db: Database) -> None:
+    received(db)
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(lambda _: db.all("claim", n=5, lease=10.0), range(8)))
+    assert sorted(len(claim) for claim in claims) == [0] * 7 + [1]
+
+
+def test_worker_that_lost_its_lease_touches_no_row(db: Database) -> None:
+    received(db)
+    (old,) = db.all("claim", n=1, lease=0.0)
+    (new,) = db.all("claim", n=1, lease=10.0)
+    assert (new["id"], new["attempt"], new["crashes"]) == (old["id"], old["attempt"] + 1, 1)
+    fence = {"id": old["id"], "a": old["attempt"]}
+    assert db.all("take", **fence, timeout=30.0) == []
+    assert db.one("renew", **fence, lease=99.0) is None
+    assert db.one("put_down", **fence, seconds=0.0, seen=0, tries=0) is None
+    assert db.one("rotate", **fence) is None
+    assert db.one("finish", **fence, burst=0.0) is None
+    assert db.one("save_thread", **fence, thread="conv_x") is None
+    assert db.rows("SELECT state, held, attempt FROM runs") == [
+        {"state": "queued", "held": True, "attempt": new["attempt"]}
+    ]
+    assert db.rows("SELECT run_id FROM messages") == [{"run_id": None}]
+
+
+def test_wake_between_claim_and_put_down_is_not_lost(db: Database) -> None:
+    received(db)
+    (run,) = db.all("claim", n=1, lease=10.0)
+    assert received(db, "SM2")["held"] is True
+    row = db.one("put_down", id=run["id"], a=run["attempt"], seconds=60.0, seen=run["wakes"], tries=0)
+    assert row and row["seconds"] <= 0
+
+
+def test_message_that_comes_at_the_last_moment_becomes_the_next_turn(db: Database) -> None:
+    received(db)
+    (run,) = db.all("claim", n=1, lease=10.0)
+    db.all("take", id=run["id"], a=run["attempt"], timeout=30.0)
+    received(db, "SM2")
+    assert db.one("finish", id=run["id"], a=run["attempt"], burst=0.0)
+    states = db.rows("SELECT state, pending FROM runs ORDER BY id")
+    assert states == [{"state": "done", "pending": 1}, {"state": "queued", "pending": 1}]
+
+
+def test_second_open_run_of_a_user_is_impossible(db: Database) -> None:
+    received(db)
+    with pytest.raises(DatabaseFault, match=r"^SQLSTATE 23505 runs_one_open$"):
+        db.rows("INSERT INTO runs (user_phone, due_at) VALUES (:u, now())", {"u": ANA})
