@@ -22,12 +22,12 @@ Start = Callable[..., Hilo]
 
 @pytest.fixture
 def begin(start: Start) -> Start:
-    """Start a gateway that OpenAI's webhook wakes, in the first second of a minute as far as its messages know."""
+    """Start a gateway that OpenAI's webhook wakes; its messages are all of the first second of the day."""
 
     def starter(**more: str) -> Hilo:
         hilo = start(OPENAI_WEBHOOK_SECRET=WEBHOOK_SECRET, **more)
         hilo.rows("""CREATE OR REPLACE FUNCTION del_minuto() RETURNS trigger LANGUAGE plpgsql AS $$
-            BEGIN NEW.at = date_trunc('day', NEW.at) + interval '12 hours 1 second'; RETURN NEW; END $$""")
+            BEGIN NEW.at = date_trunc('day', NEW.at) + interval '1 second'; RETURN NEW; END $$""")
         hilo.rows("""CREATE OR REPLACE TRIGGER del_minuto BEFORE INSERT ON messages
             FOR EACH ROW WHEN (NEW.direction = 'in') EXECUTE FUNCTION del_minuto()""")
         return hilo
@@ -137,6 +137,7 @@ def test_count_reads_no_more_than_a_few_index_entries_among_many_messages(hilo: 
         ({"LIMITE_MINUTO": "muchos"}, "LIMITE_MINUTO='muchos' cannot be used: it needs a number"),
         ({"LIMITE_COSTO_DIA": "5"}, "LIMITE_COSTO_DIA needs LIMITE_PRECIOS"),
         ({"LIMITE_PRECIOS": "luna=1"}, "LIMITE_PRECIOS='luna=1' cannot be used"),
+        ({"ZONA_HORARIA": "Marte"}, "ZONA_HORARIA='Marte' cannot be used: it needs Area/City"),
     ],
     ids=str,
 )

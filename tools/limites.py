@@ -93,6 +93,16 @@ def precio(parte: str) -> tuple[str, tuple[float, float]]:
     return leido[1], (float(leido[2]), float(leido[3]))
 
 
+def contar(context: Context, ajustes: Ajustes, sql: str, **valores: Any) -> list[dict[str, Any]]:
+    """The rows of a statement about days, which begin where ZONA_HORARIA is; raises ValueError where it is nowhere."""
+    try:
+        return context.query(sql, zona=ajustes.zona, **valores)
+    except Exception as error:
+        if getattr(error, "sqlstate", "") != "22023":
+            raise
+        raise ValueError(f"ZONA_HORARIA={ajustes.zona!r} cannot be used: it needs Area/City") from None
+
+
 # --- Messages -------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +133,7 @@ def pasado_de(message: Message, context: Context, ajustes: Ajustes) -> list[Part
     if not (ajustes.minuto or ajustes.dia):
         return None
     n = max(ajustes.minuto, ajustes.dia) + 2  # more need not be counted
-    cuenta = context.query(CUENTA, u=context.address, sid=message.sid, n=n, zona=ajustes.zona)[0]
+    cuenta = contar(context, ajustes, CUENTA, u=context.address, sid=message.sid, n=n)[0]
     for nombre, limite in (("dia", ajustes.dia), ("minuto", ajustes.minuto)):
         if limite and cuenta[nombre] > limite:
             context.log.info("🚦 over LIMITE_%s", nombre.upper())
@@ -176,7 +186,7 @@ def agotado(context: Context, ajustes: Ajustes) -> bool:
 def mirar(context: Context, ajustes: Ajustes, cuenta: Cuenta) -> None:
     """Bring the day's tokens up to date, reading only the responses that may have changed since the last time."""
     firme = max(FIRME, 2 * context.settings.threads_run_timeout)
-    filas = context.query(GASTO, zona=ajustes.zona, firme=firme, desde=cuenta.desde)
+    filas = contar(context, ajustes, GASTO, firme=firme, desde=cuenta.desde)
     if filas[0]["inicio"] != cuenta.inicio:
         cuenta.inicio, cuenta.firmes = filas[0]["inicio"], {}
     cuenta.firmes = sumadas(cuenta.firmes, [fila for fila in filas if fila["firme"]])
