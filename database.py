@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import re
 import select
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from settings import ConfigurationError
 
 HERE = Path(__file__).parent
 CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
+FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
 DEADLOCKS = 3  # times a statement is tried again after one
-MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock
+MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
+MIGRATION_TRIES = 12  # of five seconds, while others hold a table
 
 
 def load_queries(path: Path = HERE / "queries.sql") -> dict[str, str]:
@@ -35,15 +37,20 @@ QUERIES = load_queries()
 
 
 class DatabaseFault(Exception):
-    """A statement that PostgreSQL refused. Holds SQLSTATE and constraint only: the rest may quote a user."""
+    """A statement that PostgreSQL refused. Holds SQLSTATE and constraint only: the rest may quote a user. Of a
+    migration, `what` is PostgreSQL's sentence."""
 
-    def __init__(self, sqlstate: str, constraint: str = ""):
-        super().__init__(f"SQLSTATE {sqlstate}{' ' + constraint if constraint else ''}")
+    def __init__(self, sqlstate: str, what: str = ""):
+        super().__init__(f"SQLSTATE {sqlstate}{' ' + what if what else ''}")
         self.sqlstate = sqlstate
 
 
 class DatabaseDown(Exception):
     """No connection to the database can be had."""
+
+
+class DatabaseFull(DatabaseDown):
+    """The server, or the plan, allows no more connections at this time."""
 
 
 def connection_options(url: str) -> dict[str, Any]:
@@ -62,10 +69,10 @@ def connection_options(url: str) -> dict[str, Any]:
         raise ConfigurationError("DATABASE_URL=(secret) cannot be used: it needs postgresql://…/database") from None
     options = {
         "user": unquote(parts.username or query.get("user", "postgres")),
-        "password": unquote(parts.password) if parts.password else query.get("password"),
+        "password": unquote(parts.password) if parts.password else query.get("password", ""),
         "database": unquote(parts.path.strip("/")),
         "application_name": "hilo",
-        "startup_params": {"statement_timeout": "15000"},
+        "startup_params": {"statement_timeout": "15000", "options": query.get("options")},  # -csearch_path=…
     }
     if host.startswith("/"):
         return {**options, "unix_sock": f"{host}/.s.PGSQL.{port}", "ssl_context": False}
@@ -110,24 +117,39 @@ class Database:
             connection = pg8000.native.Connection(timeout=CONNECT_TIMEOUT, **self.options)
             connection._usock.settimeout(30)
         except (pg8000.native.Error, OSError) as error:
-            raise DatabaseDown(f"cannot connect: {fault_of(error)}") from None
+            kind = DatabaseFull if fault_of(error) == "SQLSTATE 53300" else DatabaseDown
+            raise kind(f"cannot connect: {fault_of(error)}") from None
         connection.statements = {}
         return connection
+
+    def take(self) -> pg8000.native.Connection:
+        """Return a live connection: an idle one, or a new one in an empty place. Where the server allows no more, one
+        of our own comes back, or somebody else's goes, within CONNECT_TIMEOUT; raises DatabaseDown."""
+        end = time.monotonic() + CONNECT_TIMEOUT
+        while True:
+            try:
+                connection = self.idle.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise DatabaseDown("all connections are in use") from None
+            try:
+                if connection is not None and not self.closed and not hung_up(connection):
+                    return connection
+                discard(connection)
+                connection = None  # what follows may raise: the place goes back to the pool empty
+                if self.closed:
+                    raise DatabaseDown("closed")
+                return self.connect()
+            except BaseException as error:
+                self.idle.put(connection)
+                if not isinstance(error, DatabaseFull) or time.monotonic() + FULL_PAUSE > end:
+                    raise
+            time.sleep(FULL_PAUSE)
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[pg8000.native.Connection]:
         """Lend a live connection; one that failed is thrown away, never handed out again."""
+        connection: pg8000.native.Connection | None = self.take()
         try:
-            connection = self.idle.get(timeout=CONNECT_TIMEOUT)
-        except queue.Empty:
-            raise DatabaseDown("all connections are in use") from None
-        try:
-            if self.closed:
-                raise DatabaseDown("closed")
-            if connection is None or hung_up(connection):
-                discard(connection)
-                connection = None  # what follows may raise: the place goes back to the pool empty
-                connection = self.connect()
             yield connection
         except (pg8000.native.InterfaceError, OSError) as error:
             discard(connection)
@@ -199,7 +221,9 @@ def fault_of(error: BaseException) -> str:
     """Return what a database error may say in a log: SQLSTATE, or the system's own words."""
     if error.args and isinstance(error.args[0], dict):
         return f"SQLSTATE {error.args[0].get('C', '?')}"
-    return type(error).__name__ if not isinstance(error, OSError) else os.strerror(error.errno or 0)
+    system = error if isinstance(error, OSError) else error.__cause__
+    own = str(error) if isinstance(error, pg8000.native.InterfaceError) and system is None else ""
+    return (system.strerror if isinstance(system, OSError) else own) or type(system or error).__name__
 
 
 def hung_up(connection: pg8000.native.Connection) -> bool:
@@ -233,10 +257,28 @@ def migrate(url: str) -> bool:
             connection.run(f"SELECT pg_advisory_lock({MIGRATION_LOCK})")
             if installed_version(connection) >= schema_version(text):
                 return False
-            connection.run(f"BEGIN;\n{text}\nCOMMIT")
+            apply(connection, text)
             return True
     finally:
         database.close()
+
+
+def apply(connection: pg8000.native.Connection, text: str) -> None:
+    """Run schema.sql, which is one transaction. Where others hold a table it steps back and tries again, lest whoever
+    needs that table next waits behind it; raises DatabaseFault."""
+    connection.run("SET lock_timeout = '4s'")
+    for left in reversed(range(MIGRATION_TRIES)):
+        try:
+            connection.run(text)
+            return
+        except pg8000.native.DatabaseError as error:
+            fields = error.args[0] if isinstance(error.args[0], dict) else {}
+            if fields.get("C", "")[:2] in ("08", "57"):  # the connection is gone, and the transaction with it
+                raise
+            connection.run("ROLLBACK")
+            if fields.get("C") not in ("40P01", "55P03") or not left:
+                raise DatabaseFault(fields.get("C", "?"), fields.get("M", "")) from None
+        time.sleep(1)
 
 
 def installed_version(connection: pg8000.native.Connection) -> int:

@@ -1,9 +1,26 @@
--- version: 2
+-- version: 3
 --
 -- Hilo's tables. Safe to run again at every release, also by hand: psql "$DATABASE_URL" -f schema.sql
--- Raise the number above with every change, or processes that are running will not apply it.
+-- Raise the number above and at the end with every change, or processes that are running will not apply it; once a
+-- version is released, a copy stays in tests/data/schemas/.
 
+BEGIN; -- all or nothing
 SET client_min_messages = warning;
+
+DO $$
+DECLARE
+    foreign_tables text;
+BEGIN
+    PERFORM pg_advisory_xact_lock(4815162342); -- one at a time
+    SELECT string_agg(relname, ', ' ORDER BY relname) INTO foreign_tables FROM pg_class
+        WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v', 'm')
+        AND relname IN ('users', 'addresses', 'runs', 'messages', 'responses', 'tool_calls', 'discarded_threads');
+    IF foreign_tables IS NOT NULL AND to_regclass('hilo') IS NULL THEN
+        RAISE EXCEPTION 'another program has tables of these names here: %. Give Hilo another database or another schema '
+            '(CREATE SCHEMA hilo, and DATABASE_URL=…?options=-csearch_path%%3Dhilo)', foreign_tables
+            USING ERRCODE = 'duplicate_table';
+    END IF;
+END $$;
 
 -- What Hilo knows of itself: the schema's version, secrets made here, where the catch-up stands.
 CREATE TABLE IF NOT EXISTS hilo (
@@ -50,9 +67,53 @@ CREATE TABLE IF NOT EXISTS oa_threads_map (
     user_phone   text PRIMARY KEY,
     thread_id    text NOT NULL
 );
+-- Another program may have made the table, with the same two columns. It keeps its rows, and gives up what would refuse
+-- ours: several rows a user (the latest stays, the others move to oa_threads_map_older), narrow types, checks, columns
+-- that only the other program fills.
+DO $$
+DECLARE
+    c record;
+BEGIN
+    IF EXISTS (SELECT FROM oa_threads_map WHERE user_phone IS NOT NULL GROUP BY user_phone HAVING count(*) > 1) THEN
+        CREATE TABLE IF NOT EXISTS oa_threads_map_older (LIKE oa_threads_map);
+        WITH ranked AS (
+            SELECT ctid, row_number() OVER (PARTITION BY user_phone ORDER BY coalesce(to_jsonb(t) ->> 'last_used_at',
+                to_jsonb(t) ->> 'updated_at', to_jsonb(t) ->> 'created_at') DESC NULLS LAST, ctid DESC) AS place
+            FROM oa_threads_map t WHERE user_phone IS NOT NULL),
+        moved AS (
+            DELETE FROM oa_threads_map t USING ranked r WHERE t.ctid = r.ctid AND r.place > 1 RETURNING t.*)
+        INSERT INTO oa_threads_map_older SELECT * FROM moved;
+    END IF;
+    FOR c IN SELECT conname FROM pg_constraint WHERE conrelid = 'oa_threads_map'::regclass AND contype IN ('c', 'f') LOOP
+        EXECUTE format('ALTER TABLE oa_threads_map DROP CONSTRAINT %I', c.conname);
+    END LOOP;
+    FOR c IN
+        SELECT attname AS name, format_type(atttypid, atttypmod) AS type,
+            attnotnull AND NOT atthasdef AND attidentity = '' AS demanding, (
+                SELECT conname FROM pg_constraint WHERE conrelid = attrelid AND contype = 'p' AND attnum = ANY (conkey)) AS key
+        FROM pg_attribute WHERE attrelid = 'oa_threads_map'::regclass AND attnum > 0 AND NOT attisdropped
+    LOOP
+        IF c.name IN ('user_phone', 'thread_id', 'assistant_id') AND c.type NOT IN ('text', 'character varying') THEN
+            EXECUTE format('ALTER TABLE oa_threads_map ALTER %I TYPE text', c.name);
+        ELSIF c.name IN ('created_at', 'last_used_at') AND c.type IN ('timestamp without time zone', 'date') THEN
+            EXECUTE format('ALTER TABLE oa_threads_map ALTER %1$I DROP DEFAULT,
+                ALTER %1$I TYPE timestamptz USING %1$I::timestamp AT TIME ZONE %2$L', c.name, 'UTC');
+        ELSIF c.name IN ('created_at', 'last_used_at') AND c.type <> 'timestamp with time zone' THEN
+            EXECUTE format('ALTER TABLE oa_threads_map ALTER %I DROP NOT NULL', c.name);
+            EXECUTE format('ALTER TABLE oa_threads_map RENAME %I TO %I', c.name, c.name || '_before');
+        ELSIF c.demanding AND c.name NOT IN ('user_phone', 'thread_id', 'created_at', 'last_used_at') THEN
+            IF c.key IS NOT NULL THEN
+                EXECUTE format('ALTER TABLE oa_threads_map DROP CONSTRAINT IF EXISTS %I', c.key);
+            END IF;
+            EXECUTE format('ALTER TABLE oa_threads_map ALTER %I DROP NOT NULL', c.name);
+        END IF;
+    END LOOP;
+END $$;
 ALTER TABLE oa_threads_map ADD COLUMN IF NOT EXISTS assistant_id text;
 ALTER TABLE oa_threads_map ADD COLUMN IF NOT EXISTS created_at timestamptz NOT NULL DEFAULT now();
 ALTER TABLE oa_threads_map ADD COLUMN IF NOT EXISTS last_used_at timestamptz NOT NULL DEFAULT now();
+ALTER TABLE oa_threads_map ALTER created_at SET DEFAULT now(), ALTER last_used_at SET DEFAULT now();
+ALTER TABLE oa_threads_map ALTER assistant_id DROP NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS oa_threads_map_user ON oa_threads_map (user_phone);
 
 -- Conversations to delete at OpenAI, items first; a row goes when that is done.
@@ -453,4 +514,5 @@ END $$;
 UPDATE cursos SET codigo = codigo;
 -- Fin del catálogo
 
-INSERT INTO hilo VALUES ('schema_version', '2') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+INSERT INTO hilo VALUES ('schema_version', '3') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+COMMIT;
