@@ -30,6 +30,7 @@ from whatsapp import NotSent, WhatsApp
 
 OLDEST_POSTGRESQL = 13
 SOON = timedelta(days=90)  # a model that is shut down within it is worth a warning
+SHORTEST_TOKEN = 16
 OVERDUE = 60.0  # seconds: a run that waits longer for a worker is no accident
 TIMEOUT = 10.0  # seconds for a request to ourselves
 SANDBOX = "whatsapp:+14155238886"  # the number of Twilio's WhatsApp sandbox, the same for everybody
@@ -42,6 +43,9 @@ WHERE state <> 'done' AND due_at < now()
 OPENAI_STATUS = "look at https://status.openai.com and at this machine's network"
 CONSOLE = "see https://console.twilio.com"
 MARKS = {"ok": "✅", "warning": "⚠️", "fault": "❌"}
+
+
+# --- Findings ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ def warning(check: str, text: str, todo: str = "") -> Finding:
 def fault(check: str, text: str, todo: str) -> Finding:
     """Return a finding with which something does not work."""
     return Finding(check, "fault", text, todo)
+
+
+# --- Checks -----------------------------------------------------------------------------------------------
 
 
 class Checks:
@@ -124,6 +131,10 @@ class Checks:
             close = difflib.get_close_matches(name, known, 1, 0.88)
             if close and not self.environ.get(close[0]):
                 yield warning("settings", f"{name} is no variable of Hilo's", f"was {close[0]} meant?")
+        token = self.settings.admin_token
+        if token and len(token.get_secret_value()) < SHORTEST_TOKEN:
+            todo = f"use {SHORTEST_TOKEN} random characters or more"
+            yield warning("settings", "ADMIN_TOKEN is so short that it can be guessed", todo)
         number = sum(bool(self.environ.get(name, "").strip()) for name in known) - len(self.bad)
         yield ok("settings", f"{number} of {len(known)} variables are set and can be used")
 
@@ -381,6 +392,9 @@ def signed_callback(url: str, secret: str) -> int:
     return requests.post(url, form, headers=headers, timeout=TIMEOUT, allow_redirects=False).status_code
 
 
+# --- What an answer means ---------------------------------------------------------------------------------
+
+
 def advice(error: str) -> str:
     """Return what to do about a database error."""
     known = {
@@ -461,6 +475,9 @@ def judged(health: dict[str, Any], status: int) -> Finding:
     if health.get("status") != "ok":
         return fault(name, "it leads to a Hilo that is not well", "open that address: it says what is wrong")
     return ok(name, f"leads to Hilo {health['version']}, which takes our signature")
+
+
+# --- The command ------------------------------------------------------------------------------------------
 
 
 def check(offline: bool, as_json: bool) -> bool:

@@ -18,6 +18,7 @@ import commands
 from simulator import Simulator, whatsapp
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, free_port, wait_for
 from tests.local_openai import Fault, LocalOpenAI, calls, says, script
+from tools import Message, Part
 from trial import load_sample
 
 LUIS = "whatsapp:+5218110002222"
@@ -156,7 +157,7 @@ def test_check_of_what_is_wrong_elsewhere_says_what_to_do(
     twilio.webhook_url = "https://somewhere.else/webhooks/twilio"
     hilo.rows("INSERT INTO users (user_phone, reply_to) VALUES (:u, :u)", u=ANA)
     hilo.rows("INSERT INTO oa_threads_map (user_phone, thread_id) VALUES (:u, 'thread_old')", u=ANA)
-    other = {"ASSISTANT_ID": "pmpt_1", "TWILIO_WEBHOOK_SECRET": "another", "OPENAI_WEBHOOK_SECRET": "whsec_x"}
+    other = {"ASSISTANT_ID": "pmpt_1", "TWILIO_WEBHOOK_SECRET": "another", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET}
     result = command("check", env=variables(hilo) | other)
     assert result.code == 1
     assert lines(result, "❌ assistant: ASSISTANT_ID='pmpt_1': reusable prompts end on 2026-11-30")
@@ -173,7 +174,7 @@ def test_check_where_nothing_answers_names_each_thing(command: Command) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     env = {
         "DATABASE_URL": "postgresql://hilo:geheim@127.0.0.1:1/hilo", "PUBLIC_URL": nowhere, "TWILIO_API_URL": nowhere,
-        "OPENAI_API_KEY": "sk-key-1", "OPENAI_BASE_URL": f"{nowhere}/v1", "OPENAI_WEBHOOK_SECRET": "whsec_x",
+        "OPENAI_API_KEY": "sk-key-1", "OPENAI_BASE_URL": f"{nowhere}/v1", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET,
         "TWILIO_ACCOUNT_SID": "AC" + "1" * 32, "TWILIO_AUTH_TOKEN": "token-1", "TWILIO_FROM": "MG" + "1" * 32,
         "ASSISTANT_ID": "cursos",
     }  # fmt: skip
@@ -347,6 +348,26 @@ def test_forget_by_external_user_id_takes_all_addresses_of_that_person(
     hilo.done(2)
     assert command("forget", "MX.Maria2026", env=variables(hilo)).code == 0
     assert (leftovers(hilo, ANA), leftovers(hilo, USERNAME), twilio.messages) == ({}, {}, [])
+
+
+def test_forget_takes_along_what_others_were_told_of_the_user_and_their_answers(
+    hilo: Hilo, twilio: Simulator, command: Command
+) -> None:
+    def relay(message: Message) -> list[str | Part]:
+        return [Part(text="Ana pide auxilio", to=LUIS), "Te leemos."] if message.address == ANA else ["Anotado."]
+
+    hilo.plug(incoming_message=relay)
+    twilio.receive(ANA, "auxilio")
+    notice = twilio.wait_for(LUIS, 1)[0]
+    hilo.done()
+    twilio.receive(LUIS, "Dile que sí", fields={"OriginalRepliedMessageSid": notice.sid})
+    hilo.done(2)
+    twilio.receive(LUIS, "Otra cosa")
+    hilo.done(3)
+    assert command("forget", ANA, env=variables(hilo)).code == 0
+    kept = ["Anotado.", "Otra cosa", "Anotado."]
+    assert [row["body"] for row in hilo.rows("SELECT body FROM messages ORDER BY id")] == kept
+    assert [message.body for message in twilio.messages] == kept
 
 
 def test_forget_of_a_run_under_way_ends_it_unanswered(
