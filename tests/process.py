@@ -46,7 +46,7 @@ class Process:
         """Return the lines of its log so far that contain a text."""
         return [line for line in self.log.read_text("utf-8", "replace").splitlines() if containing in line]
 
-    def ready(self, timeout: float = 30.0) -> Process:
+    def ready(self, timeout: float = 60.0) -> Process:
         """Return itself once it takes messages, or works; fails with its log where it ended instead."""
         wait_for(lambda: self.popen.poll() is not None or any(self.lines(text) for text in READY), timeout)
         assert self.popen.poll() is None, "\n".join(self.lines())
@@ -61,7 +61,7 @@ class Process:
         """Send it a signal."""
         self.popen.send_signal(number)
 
-    def exit_code(self, timeout: float = 30.0) -> int:
+    def exit_code(self, timeout: float = 60.0) -> int:
         """Return how it ended (-9: killed), once it has; fails after `timeout` seconds."""
         return self.popen.wait(timeout)
 

@@ -7,23 +7,35 @@ or a moment on the wire at which a local server holds its answer.
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import re
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from database import Database
-from simulator import Simulator
-from tests.conftest import Server, environment, wait_for
-from tests.local_openai import Answer, Json, LocalOpenAI, calls, says, unanswered_texts
+from pace import Breaker
+from simulator import Delivery, Simulator
+from tests.conftest import ANA, Hilo, Server, environment, wait_for
+from tests.local_openai import Answer, Json, LocalOpenAI, calls, echo, fails, never, says, script, unanswered_texts
 from tests.process import Process
+from tools import Event
+from upkeep import SETTLED, TICK
 
-FAST = {"LEASE_SECONDS": "1"}  # a dead worker's run is taken over after 3 s at most
+# A dead worker's run is taken over after 3 s at most; a busy machine may take long to start a process.
+FAST = {"LEASE_SECONDS": "2", "THREADS_RUN_TIMEOUT": "120"}
+UNLIMITED = {"LIMITE_MINUTO": "0", "LIMITE_DIA": "0"}
 LINES = 90  # of the model's answer: too long for one part
 
 
@@ -145,10 +157,10 @@ class Ward:
             gate = self.twilio.gate(user) if point.wire == "send" else self.openai.gate(point.wire)
         delivery = self.twilio.receive(user, point.text)
         if gate:
-            assert gate.arrived.wait(20), point
+            assert gate.arrived.wait(60), point
             process.kill()
             gate.release()
-        self.seen[point.name].stopped = process.exit_code(20)
+        self.seen[point.name].stopped = process.exit_code(60)
         return delivery.sid
 
     def look(self, point: Point, sid: str) -> None:
@@ -176,7 +188,7 @@ class Ward:
             seen.runs = self.db.rows(runs, {"u": address_at(point)})
             return len(seen.runs) >= count and all(run["state"] == "done" for run in seen.runs)
 
-        wait_for(done, 40)
+        wait_for(done, 60)
 
 
 def address_at(point: Point) -> str:
@@ -228,3 +240,383 @@ def test_output_that_is_saved_is_not_asked_for_again(seen: dict[str, Seen]) -> N
     for name in [point.name for point in POINTS if point.name.startswith("after the outputs are")]:
         assert seen[name].begun == 1
         assert seen[name].outputs == ["Inscrito en EXC-101."]
+
+
+# --- A part in doubt --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clerks(hilo: Hilo, openai_server: LocalOpenAI) -> Hilo:
+    """A gateway in this process whose answers take two parts."""
+    openai_server.model = clerk
+    return hilo
+
+
+def bodies(twilio: Simulator, user: str = ANA) -> list[str]:
+    """The texts sent to a user over the REST API."""
+    return [message.body for message in twilio.sent_to(user) if message.direction == "outbound-api"]
+
+
+def waited_out(hilo: Hilo) -> float:
+    """Let the time pass for which an unfinished delivery was put down; return how many seconds that was."""
+    put_down = "SELECT extract(epoch FROM due_at - now())::float8 AS s FROM runs WHERE state = 'sending' AND NOT held"
+    [row] = wait_for(lambda: hilo.rows(put_down))
+    hilo.age(60)
+    return float(row["s"])
+
+
+def sends(hilo: Hilo) -> list[int]:
+    """How often each part was handed to Twilio, in order."""
+    return [row["sends"] for row in hilo.rows("SELECT sends FROM messages WHERE direction = 'out' ORDER BY id")]
+
+
+def test_call_timed_out_after_acceptance_part_is_found_in_twilios_list(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.model = clerk
+    hilo = start(**FAST)
+    twilio.fault("callback", "lost", times=None)
+    twilio.fault("send", "hang", seconds=3)
+    twilio.receive(ANA, "pregunta uno")
+    hilo.done()
+    assert complete(bodies(twilio), "pregunta uno")
+    assert sends(hilo) == [1, 1]
+
+
+def test_call_cut_after_acceptance_part_is_found_in_twilios_list(clerks: Hilo, twilio: Simulator) -> None:
+    twilio.fault("callback", "lost", times=None)
+    twilio.fault("send", "cut")
+    twilio.receive(ANA, "pregunta uno")
+    assert 13 < waited_out(clerks) <= 15
+    clerks.done()
+    assert complete(bodies(twilio), "pregunta uno")
+    assert sends(clerks) == [1, 1]
+
+
+@pytest.mark.parametrize("fault", [{"kind": "refuse"}, {"kind": "error", "status": 503}], ids=["refused", "503"])
+def test_call_broken_before_acceptance_part_goes_again(clerks: Hilo, twilio: Simulator, fault: dict[str, Any]) -> None:
+    twilio.fault("send", **fault)
+    twilio.receive(ANA, "pregunta uno")
+    assert 13 < waited_out(clerks) <= 15
+    clerks.done()
+    assert complete(bodies(twilio), "pregunta uno")
+    assert sends(clerks) == [2, 1]
+
+
+def test_callback_that_names_the_row_settles_the_doubt_before_any_list(clerks: Hilo, twilio: Simulator) -> None:
+    twilio.fault("list", "error", times=None)
+    twilio.fault("send", "cut")
+    twilio.receive(ANA, "pregunta uno")
+    clerks.done(timeout=5)
+    assert complete(bodies(twilio), "pregunta uno")
+
+
+def test_list_that_fails_is_asked_again(clerks: Hilo, twilio: Simulator) -> None:
+    twilio.fault("callback", "lost", times=None)
+    twilio.fault("send", "cut")
+    clerks.gateway.upkeep.next_catch_up = float("inf")  # the fault is for the other one who reads that list
+    fault = twilio.fault("list", "error")
+    twilio.receive(ANA, "gracias")
+    waited_out(clerks)
+    wait_for(lambda: not fault.left)
+    waited_out(clerks)
+    clerks.done()
+    assert (bodies(twilio), sends(clerks)) == (["De nada."], [1])
+
+
+def test_same_text_sent_before_is_not_taken_for_the_part_in_doubt(clerks: Hilo, twilio: Simulator) -> None:
+    twilio.receive(ANA, "gracias")
+    clerks.done(1)
+    twilio.fault("send", "refuse")
+    twilio.receive(ANA, "gracias")
+    waited_out(clerks)
+    clerks.done(2)
+    assert bodies(twilio) == ["De nada.", "De nada."]
+
+
+def test_429_waits_as_long_as_twilio_says(clerks: Hilo, twilio: Simulator) -> None:
+    twilio.fault("send", "error", status=429, code=20429, retry_after=40)
+    twilio.receive(ANA, "gracias")
+    assert 38 < waited_out(clerks) <= 40
+    clerks.done()
+    assert (bodies(twilio), sends(clerks)) == (["De nada."], [2])
+
+
+@pytest.mark.parametrize("code", [21610, 21617, 63016])
+def test_part_that_twilio_refuses_for_good_ends_the_run_as_undelivered(
+    clerks: Hilo, twilio: Simulator, code: int
+) -> None:
+    events: list[Event] = []
+    clerks.plug(track_event=lambda event: events.append(event))
+    twilio.fault("send", "error", status=400, code=code)
+    twilio.receive(ANA, "pregunta uno")
+    [run] = clerks.done()
+    assert (run["outcome"], run["reason"], bodies(twilio)) == ("undelivered", str(code), [])
+    parts = clerks.rows("SELECT state, error_code FROM messages WHERE direction = 'out'")
+    assert [(part["state"], part["error_code"]) for part in parts] == [("failed", code), ("failed", code)]
+    failed = wait_for(lambda: [event for event in events if event.name == "message_failed"])
+    assert [(event.run_id, event.data) for event in failed] == [(run["id"], {"code": code})]
+
+
+def test_part_that_whatsapp_refuses_later_ends_the_run_as_undelivered(clerks: Hilo, twilio: Simulator) -> None:
+    events: list[Event] = []
+    clerks.plug(track_event=lambda event: events.append(event))
+    twilio.fault("send", "undeliver", code=63016)
+    twilio.receive(ANA, "gracias")
+    wait_for(lambda: [event for event in events if event.name == "message_failed"])
+    [run] = clerks.done()
+    assert (run["outcome"], run["reason"]) == ("undelivered", "63016")
+    [part] = clerks.rows("SELECT state, error_code FROM messages WHERE direction = 'out'")
+    assert part == {"state": "undelivered", "error_code": 63016}
+
+
+# --- Messages whose webhook never came --------------------------------------------------------------------
+
+
+def an_hour_ago(url: str) -> None:
+    """Let the gateway behind a database have looked at Twilio's list an hour ago for the last time."""
+    with database_at(url) as database:
+        database.one("put", key="caught_up_to", value=(datetime.now(UTC) - timedelta(hours=1)).isoformat())
+
+
+def test_messages_lost_while_the_gateway_was_down_are_answered_once_and_in_order(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator
+) -> None:
+    an_hour_ago(database_url)
+    written = datetime.now(UTC) - timedelta(minutes=3)
+    sids = [twilio.receive(ANA, text, lost=True, at=written).sid for text in ("uno", "dos", "tres")]  # in one second
+    hilo = start()
+    hilo.done()
+    twilio.receive(ANA, "uno", sid=sids[0])  # the webhook comes after all
+    twilio.receive(ANA, "cuatro")
+    hilo.done(2)
+    assert bodies(twilio) == ["Eco: uno\ndos\ntres", "Eco: cuatro"]
+
+
+def test_message_that_cannot_be_stored_keeps_no_other_back(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator
+) -> None:
+    an_hour_ago(database_url)
+    written = datetime.now(UTC) - timedelta(minutes=3)
+    twilio.receive(ANA, "medio \ud83d", lost=True, at=written)  # half a character, which no database takes
+    twilio.receive(ANA, "entero", lost=True, at=written)
+    start().done()
+    assert bodies(twilio) == ["Eco: entero"]
+
+
+def test_start_and_outage_are_followed_by_a_catch_up_once_messages_have_settled(hilo: Hilo) -> None:
+    upkeep = hilo.gateway.upkeep
+    wait_for(lambda: SETTLED <= upkeep.next_catch_up - upkeep.last_outage <= SETTLED + TICK)
+    before = upkeep.next_catch_up
+    threading.Event().wait(0.05)
+    upkeep.outage()
+    upkeep.next_catch_up = 0.0  # its time has come, but what was lost in the outage is too young for it
+    upkeep.catch_up()
+    assert before < upkeep.next_catch_up <= upkeep.last_outage + SETTLED + TICK
+
+
+# --- PostgreSQL goes away ---------------------------------------------------------------------------------
+
+
+class Postgres:
+    """A PostgreSQL of the test's own; whoever starts it does not stay."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.url = self.start()
+
+    def start(self) -> str:
+        """Return its URL once it runs."""
+        script = "import localdb, pathlib, sys; print(localdb.start(pathlib.Path(sys.argv[1])).url)"
+        command = [sys.executable, "-c", script, str(self.directory)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def stop(self, number: signal.Signals) -> None:
+        """SIGINT stops it in good order, SIGQUIT at once, SIGKILL dead."""
+        os.kill(int((self.directory / "postgres/postmaster.pid").read_text().split()[0]), number)
+
+
+def test_postgresql_restarts_in_mid_traffic_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    """It is stopped in three ways while six users write; the gateway is started again for what it missed."""
+    with contextlib.ExitStack() as stack:
+        twilio, openai_server = stack.enter_context(Simulator()), stack.enter_context(LocalOpenAI())
+        openai_server.think_seconds = 0.2
+        postgres = Postgres(tmp_path / "db")
+        stack.callback(postgres.stop, signal.SIGQUIT)
+        url = postgres.url
+        env = environment(url, twilio, openai_server, **FAST, **UNLIMITED)
+        process = stack.enter_context(Process(tmp_path, env)).ready()
+        an_hour_ago(url)
+        users = [f"whatsapp:+52155333000{n:02}" for n in range(6)]
+        stop, sent = threading.Event(), {user: list[str]() for user in users}
+        answers: list[Delivery] = []
+
+        def write(user: str) -> None:
+            """Write a message every now and then, two minutes late so that the catch-up need not wait for them."""
+            while not stop.wait(0.3):
+                sent[user].append(f"{user[-2:]}-{len(sent[user])}")
+                answers.append(twilio.receive(user, sent[user][-1], at=datetime.now(UTC) - timedelta(minutes=2)))
+
+        writers = [threading.Thread(target=write, args=(user,)) for user in users]
+        for writer in writers:
+            writer.start()
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
+            before = len(answers)
+            wait_for(lambda before=before: len(answers) > before + 12, 60)  # type: ignore[misc]
+            postgres.stop(number)
+            wait_for(lambda: "<Message>" in answers[-1].body, 60)
+            postgres.start()
+        wait_for(lambda: "<Message>" not in answers[-1].body, 60)
+        stop.set()
+        for writer in writers:
+            writer.join()
+        assert {answer.status for answer in answers} == {200}
+        process.send_signal(signal.SIGTERM)
+        assert process.exit_code() == 0
+        an_hour_ago(url)
+        stack.enter_context(Process(tmp_path, env)).ready()
+        every = {text for texts in sent.values() for text in texts}
+        with database_at(url) as db:
+            done = "SELECT m.body FROM messages m JOIN runs r ON r.id = m.run_id WHERE r.state = 'done'"
+            wait_for(lambda: every <= {row["body"] for row in db.rows(done)}, 60)
+        for user in users:
+            said = [word for body in bodies(twilio, user) for word in body.removeprefix("Eco: ").split("\n")]
+            assert Counter(said) == Counter(sent[user])
+
+
+# --- A worker that was paused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(database_url: str, twilio: Simulator, openai_server: LocalOpenAI, tmp_path: Path) -> Iterator[Apart]:
+    """Starts processes that share one database."""
+    openai_server.model = clerk
+    with contextlib.ExitStack() as stack, database_at(database_url) as db:
+        yield Apart(stack, tmp_path, db, environment(database_url, twilio, openai_server, **FAST))
+
+
+@dataclass
+class Apart:
+    """Processes that share one database, and what they left there."""
+
+    stack: contextlib.ExitStack
+    directory: Path
+    db: Database
+    env: dict[str, str]
+
+    def start(self, command: str = "serve", stop_at: str = "", **more: str) -> Process:
+        """Return a process that is starting."""
+        return self.stack.enter_context(Process(self.directory, {**self.env, **more}, command, stop_at))
+
+    def done(self, count: int) -> list[dict[str, Any]]:
+        """Return the runs once `count` of them are done and no other is open."""
+        self.db.rows("NOTIFY hilo")  # nobody need wait for the five seconds after which a process looks by itself
+
+        def finished() -> list[dict[str, Any]] | None:
+            threading.Event().wait(0.05)
+            runs = self.db.rows("SELECT * FROM runs ORDER BY id")
+            return runs if len(runs) >= count and all(run["state"] == "done" for run in runs) else None
+
+        found: list[dict[str, Any]] = wait_for(finished, 60)
+        return found
+
+
+def test_worker_paused_longer_than_its_lease_neither_writes_nor_sends_and_cancels_its_response(
+    apart: Apart, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    """One worker stands still at three steps; another takes its run over each time; then the first goes on."""
+    steps = ("created", "written", "sending")
+    users = {step: f"whatsapp:+5215544400{n:02}" for n, step in enumerate(steps)}
+    stops = ", ".join(f"{users[step][-4:]} · {step}=STOP" for step in steps)
+    web, slow, other = apart.start(WORKER_THREADS="0"), apart.start("worker", stops), apart.start("worker")
+    for process in (web, slow, other):
+        process.ready()
+    openai_server.model = script([never(), clerk], shared=True)
+    openai_server.think_seconds = 0.2
+    for count, step in enumerate(steps, 1):
+        other.pause()
+        twilio.receive(users[step], f"pregunta {step}")
+        wait_for(slow.paused, 60)
+        other.send_signal(signal.SIGCONT)
+        apart.done(count)
+        assert complete(bodies(twilio, users[step]), f"pregunta {step}")
+        slow.send_signal(signal.SIGCONT)
+        wait_for(lambda user=users[step]: slow.lines(f"{user[-4:]} ⚠️ another worker took this run over"), 60)  # type: ignore[misc]
+    for step in steps:
+        assert complete(bodies(twilio, users[step]), f"pregunta {step}")
+    assert {run["outcome"] for run in apart.done(3)} == {"answered"}
+    assert (openai_server.overlaps, openai_server.orphans()) == ([], [])
+    statuses = [response.status for response in openai_server.responses.values()]
+    assert statuses == ["cancelled", *["completed"] * 3]  # by the worker that had made it
+
+
+# --- Several processes, and their end ---------------------------------------------------------------------
+
+
+def test_three_processes_keep_each_users_order_share_the_work_and_end_well_under_load(
+    apart: Apart, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.model = echo
+    openai_server.think_seconds = lambda: random.uniform(0, 0.2)
+    processes = [apart.start(command, WORKER_THREADS="1", **UNLIMITED) for command in ("serve", "worker", "worker")]
+    for process in processes:
+        process.ready()
+    users = {f"whatsapp:+52155666000{n:02}": list[str]() for n in range(8)}
+    enough = threading.Event()
+
+    def write(user: str) -> None:
+        while not enough.wait(random.uniform(0, 0.3)):
+            users[user].append(f"m{len(users[user])}")
+            assert twilio.receive(user, users[user][-1]).status == 200
+
+    with ThreadPoolExecutor(len(users)) as pool:
+        writing = [pool.submit(write, user) for user in users]
+        wait_for(lambda: all(process.lines("· written") for process in processes), 60)  # the work is shared
+        for _ in range(2):
+            processes[2].send_signal(signal.SIGTERM)  # in mid-traffic, and twice
+        assert processes[2].exit_code(25) == 0
+        enough.set()
+        for future in writing:
+            future.result()
+    processes[0].send_signal(signal.SIGTERM)  # with a backlog of its own
+    assert processes[0].exit_code(25) == 0
+    apart.done(len(users))
+    for user, written in users.items():
+        said = [word for body in bodies(twilio, user) for word in body.removeprefix("Eco: ").split("\n")]
+        assert said == written
+    assert (openai_server.overlaps, openai_server.lock_rejections, openai_server.orphans()) == ([], [], [])
+
+
+# --- OpenAI fails again and again -------------------------------------------------------------------------
+
+
+def test_breaker_opens_after_failures_in_a_row_and_lets_one_probe_through_at_a_time() -> None:
+    breaker = Breaker(limit=3, pause=0.1)
+    breaker.failed()
+    breaker.failed()
+    breaker.succeeded()
+    for _ in range(3):
+        assert breaker.allows()
+        breaker.failed()
+    assert not breaker.allows()
+    wait_for(breaker.allows, 1)
+    assert not breaker.allows()  # the probe is on its way
+    breaker.failed()
+    wait_for(breaker.allows, 1)
+    breaker.succeeded()
+    assert breaker.allows() and breaker.allows()
+
+
+def test_model_that_fails_in_every_response_opens_the_breaker_though_creates_go_well(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.model = fails("server_error")
+    hilo = start()
+    hilo.plug(fallback_reply=lambda reason: f"[{reason}]")
+    for n in range(3):
+        twilio.receive(f"whatsapp:+52155222200{n:02}", "hola")
+    hilo.done(3)
+    asked = len(openai_server.requests)
+    twilio.receive(ANA, "hola")
+    assert twilio.wait_for(ANA, 1, timeout=2)[0].body == "[openai_down]"
+    assert len(openai_server.requests) == asked
