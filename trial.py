@@ -26,7 +26,7 @@ import pg8000.native
 
 import gateway
 import localdb
-from database import Database, connection_options, migrate
+from database import HERE, Database, connection_options, migrate
 from settings import Settings, environment, load_settings, start_log
 from simulator import Message, Simulator
 
@@ -162,14 +162,15 @@ def forget_users(connection: pg8000.native.Connection) -> None:
 
 
 def load_sample(url: str) -> None:
-    """Load the sample catalogue into an empty one."""
+    """Load the sample catalogue into an empty one, where a team has not removed it."""
+    sample = HERE / "tools" / "cursos.csv"
     try:
-        from tools import cursos
+        from tools.cursos import cargar
     except Exception:  # removed, or broken: the plugins' reports tell
         return
-    database = Database(url, 1)
-    cursos.cargar(lambda sql, **values: database.rows(sql, values), Path(cursos.__file__).with_name("cursos.csv"))
-    database.close()
+    if sample.exists():
+        with contextlib.closing(Database(url, 1)) as database:
+            cargar(lambda sql, **values: database.rows(sql, values), sample)
 
 
 # --- chat -------------------------------------------------------------------------------------------------

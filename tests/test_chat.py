@@ -137,3 +137,13 @@ def test_trial_database_is_a_copy_without_users_and_what_was_killed_is_removed(
             names = copy.rows("SELECT datname FROM pg_database WHERE datname LIKE 'trial%'")
             assert [row["datname"] for row in names] == [url.partition("?")[0].rpartition("/")[2]]
             copy.close()
+
+
+def test_trial_database_beside_others_who_use_the_local_one_has_the_sample(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(directory)
+    with start(trial.DIRECTORY) as server, trial.connect(server.url), trial.trial_database() as url:
+        with trial.connect(url) as connection:
+            assert connection.run("SELECT count(*) > 30, to_regclass('pedidos') IS NULL FROM cursos") == [[True, True]]
+    assert "catálogo de ejemplo" in capsys.readouterr().out
