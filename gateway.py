@@ -871,6 +871,8 @@ NO_REPLY = '<?xml version="1.0" encoding="UTF-8"?><Response/>'
 STATES = {"accepted": "sent", "scheduled": "sent", "queued": "sent", "sending": "sent", "sent": "sent",
           "delivered": "delivered", "read": "read", "undelivered": "undelivered", "failed": "failed"}  # fmt: skip
 
+LEFT_TWILIO = ("sent", "delivered", "read", "undelivered", "failed")
+
 
 def read_form(request: Any) -> dict[str, str]:
     """Return the fields of a form body, blank ones too; raises BadRequest."""
@@ -994,7 +996,7 @@ class Gateway:
             state = STATES.get(form.get("MessageStatus", ""))
             row = state and self.db.one(
                 "part_status", id=number_of(bottle.request.query.get("m"), 18), sid=form.get("MessageSid"), state=state,
-                code=number_of(form.get("ErrorCode"), 9),
+                code=number_of(form.get("ErrorCode"), 9), gone=form.get("MessageStatus") in LEFT_TWILIO,
             )  # fmt: skip
         except BadRequest as refusal:
             log.warning("⚠️ callback refused (%d): %s", refusal.status, refusal)

@@ -235,21 +235,23 @@ SELECT sid FROM messages WHERE sid = ANY(:sids)
 -- name: part_status
 -- A status callback: the row is found by the id in its URL, else by the sid; states only ever rise.
 WITH o AS (
-    SELECT id, state FROM messages
+    SELECT id, state, confirmed FROM messages
     WHERE id = coalesce(:id::bigint, (SELECT id FROM messages WHERE sid = :sid)) AND direction = 'out' FOR NO KEY UPDATE),
 m AS (
     UPDATE messages m SET state = CASE WHEN state_rank(:state) > state_rank(o.state) THEN :state ELSE o.state END,
-        sid = coalesce(m.sid, :sid), confirmed = true, error_code = coalesce(:code::int, m.error_code), updated_at = now()
+        sid = coalesce(m.sid, :sid), confirmed = o.confirmed OR :gone, error_code = coalesce(:code::int, m.error_code), updated_at = now()
     FROM o WHERE m.id = o.id
-    RETURNING m.id, m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.state <> o.state AS changed),
+    RETURNING m.id, m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.state <> o.state AS changed,
+        :gone AND NOT o.confirmed OR o.state = 'sending' AS eased), -- what the run may have waited for
 d AS (
     UPDATE runs SET outcome = 'undelivered', reason = m.error_code::text FROM m
     WHERE runs.id = m.run_id AND runs.state = 'done' AND m.state IN ('failed', 'undelivered')),
 w AS (
-    UPDATE runs r SET wakes = r.wakes + 1, due_at = CASE WHEN r.held OR r.state <> 'sending' THEN r.due_at ELSE now() END
-    FROM m WHERE r.id = m.run_id AND r.state <> 'done' RETURNING r.id, r.held, r.state)
+    UPDATE runs r SET wakes = r.wakes + m.eased::int,
+        due_at = CASE WHEN r.held OR r.state <> 'sending' OR NOT m.eased THEN r.due_at ELSE now() END
+    FROM m WHERE r.id = m.run_id AND r.state <> 'done' RETURNING r.id, r.held AS held, m.eased)
 SELECT m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.changed,
-    w.id IS NULL AS done, w.id IS NOT NULL AND NOT w.held AS wake
+    w.id IS NULL AS done, w.id IS NOT NULL AND w.eased AND NOT w.held AS wake
 FROM m LEFT JOIN w ON true
 
 -- name: template_run
