@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from settings import Settings
 from tools import Media, Message, ToolError
 
+LONGEST_WAIT = 3600.0  # seconds, whatever a Retry-After asks for
 # What the model reads for a message that has no text and that no plugin reads.
 PLACEHOLDERS = {
     "audio": "[El usuario envió un mensaje de voz que no se puede escuchar aquí.]",
@@ -290,7 +291,7 @@ def retry_after(headers: Mapping[str, str], default: float) -> float:
     """Return the seconds of a Retry-After header (RFC 9110 10.2.3), `default` where there is none to read."""
     value = headers.get("Retry-After") or headers.get("retry-after") or ""
     if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
-        return float(value)
+        return min(LONGEST_WAIT, float(value))
     with contextlib.suppress(ValueError):
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+        return min(LONGEST_WAIT, max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()))
     return default
