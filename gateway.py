@@ -516,10 +516,10 @@ class Journey:
             return self.fall_back(run, "openai_down")
         if trouble is Trouble.RETRY:
             if not (error.code == "conversation_locked" and run.tries):
-                return self.runs.put_down(run, seconds * 2**run.tries, tries=1)
+                return self.runs.put_down(run, seconds * 2**run.tries, tries=1, asked=True)
         self.runs.rotate(run, error.code or type(error).__name__)
         if seconds:
-            self.runs.put_down(run, seconds * 2**run.tries)
+            self.runs.put_down(run, seconds * 2**run.tries, asked=True)
 
     # waiting: the response is looked at, its tool calls are answered
 
@@ -734,7 +734,7 @@ class Journey:
         row = self.runs.fenced(run, "not_sent", part=part["id"], long=SEND_FOR)
         then = "given up" if row["state"] == "failed" else f"again in {seconds:.0f} s"
         run.log.warning("⚠️ Part not sent (%s): %s", why, then)
-        self.runs.put_down(run, seconds)
+        self.runs.put_down(run, seconds, asked=True)
 
     def refused(self, run: Run, part: Mapping[str, Any], refusal: Refused) -> None:
         """Twilio will not take a part: it and what was to follow it to that address end as failed, with the code."""

@@ -113,7 +113,7 @@ FROM w WHERE r.id = w.run_id AND r.state <> 'done' RETURNING r.id, r.held
 
 -- name: put_down
 UPDATE runs SET held = false, creating = false, tries = tries + :tries::int,
-    due_at = CASE WHEN wakes <> :seen THEN now()
+    due_at = CASE WHEN wakes <> :seen::int THEN now()
         WHEN state <> 'sending' AND deadline IS NOT NULL
             THEN least(now() + :seconds::float8 * interval '1 s', greatest(deadline, now()))
         ELSE now() + :seconds::float8 * interval '1 s' END

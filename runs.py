@@ -135,9 +135,10 @@ class Runs:
             run.deadline = time.monotonic() + run.turn[0]["left"]
         return run.turn
 
-    def put_down(self, run: Run, seconds: float, tries: int = 0) -> None:
-        """Let go of a run until `seconds` from now, or at once where it was woken meanwhile."""
-        row = self.fenced(run, "put_down", seconds=float(seconds), seen=run.wakes, tries=tries)
+    def put_down(self, run: Run, seconds: float, tries: int = 0, asked: bool = False) -> None:
+        """Let go of a run until `seconds` from now, or at once where it was woken meanwhile, unless somebody outside
+        has `asked` for that time."""
+        row = self.fenced(run, "put_down", seconds=float(seconds), seen=None if asked else run.wakes, tries=tries)
         run.held = False
         self.wake_in(row["seconds"])
 
