@@ -165,6 +165,7 @@ class Hilo:
 
     def age(self, seconds: float) -> None:
         """Let time pass for what waits: the stored moments of open runs and unfinished parts lie further back."""
+        wait_for(lambda: not self.rows("SELECT 1 AS x FROM runs WHERE state <> 'done' AND held"))
         back = "- :s::float8 * interval '1 s'"
         self.rows(f"UPDATE messages SET sending_at = sending_at {back} WHERE state = 'sending'", s=seconds)  # noqa: S608
         self.rows(f"UPDATE runs SET due_at = due_at {back} WHERE state <> 'done' AND NOT held", s=seconds)  # noqa: S608
