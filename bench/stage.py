@@ -58,7 +58,7 @@ class Process:
             if (text := self.output.readline()).endswith("\n"):
                 return text.strip()
             if self.process.poll() is not None:
-                raise SystemExit(f"{self.process.args} ended with {self.process.returncode}")
+                raise SystemExit(f"{self.process.args!r} ended with {self.process.returncode}")
             time.sleep(0.02)
 
     def cpu(self) -> float:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from bench.stage import ACCOUNT, NUMBER, TOKEN, Sender, Stage, database
 
@@ -47,7 +48,7 @@ def bare(stage: Stage, messages: int) -> float:
     from whatsapp import make_transport
 
     assistant = load_assistants()[0]["cursos"]
-    definitions = [tool.definition for tool in Plugins().tools.values()]
+    definitions: list[Any] = [tool.definition for tool in Plugins().tools.values()]
     client = openai.OpenAI(api_key="sk-local", base_url=stage.openai_url, max_retries=0)
     twilio = Client(ACCOUNT, TOKEN, http_client=make_transport(stage.twilio_url, 10.0))
 
