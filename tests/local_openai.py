@@ -1115,6 +1115,8 @@ class LocalOpenAI:
         self._server.pull_trigger()
         if self._thread:
             self._thread.join(10)
+        self._server.task_dispatcher.shutdown(timeout=2)
+        self._server.asyncore.close_all(self._server._map)
         self._clock.stop()
         self._postman.stop()
         self._server = None
@@ -1122,8 +1124,6 @@ class LocalOpenAI:
     def _serve(self, server: Any) -> None:
         while not self._stopping:
             server.asyncore.loop(timeout=1, map=server._map, use_poll=True, count=1)
-        server.task_dispatcher.shutdown(timeout=2)
-        server.asyncore.close_all(server._map)
 
     def _let_go(self) -> None:
         with self._lock:

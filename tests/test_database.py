@@ -39,7 +39,7 @@ def db(database_url: str) -> Any:
             "postgresql://u%40x:p%3A%2F%23%25@db.example/hi%20lo",
             {"user": "u@x", "password": "p:/#%", "database": "hi lo"},
         ),
-        ("postgresql://u@db.example/hilo", {"user": "u", "password": None}),
+        ("postgresql://u@db.example/hilo", {"user": "u"}),
         ("postgresql://[::1]:6543/hilo", {"host": "::1", "port": 6543}),
         ("postgresql:///hilo?host=/var/run/pg&user=u", {"unix_sock": "/var/run/pg/.s.PGSQL.5432", "user": "u"}),
         ("postgresql://u@/hilo?host=/Tmp/Un Lugar", {"unix_sock": "/Tmp/Un Lugar/.s.PGSQL.5432", "ssl_context": False}),
