@@ -61,15 +61,15 @@ def connection_options(url: str) -> dict[str, Any]:
         if parts.scheme not in ("postgres", "postgresql") or not parts.path.strip("/"):
             raise ValueError
         # A percent-encoded directory of a socket keeps its capitals; urlsplit would lower them.
-        given = parts.netloc.rpartition("@")[2] if "%2f" in parts.netloc.lower() else parts.hostname or ""
-        host = unquote(given.partition(":")[0] if "%" in given else given) or query.get("host", "localhost")
+        given = parts.netloc.rpartition("@")[2].partition(":")[0]
+        host = unquote(given if "%" in given else parts.hostname or "") or query.get("host", "localhost")
         port = parts.port or int(query.get("port", 5432))
         mode = query.get("sslmode", "prefer")
     except ValueError:
         raise ConfigurationError("DATABASE_URL=(secret) cannot be used: it needs postgresql://…/database") from None
     options = {
         "user": unquote(parts.username or query.get("user", "postgres")),
-        "password": unquote(parts.password) if parts.password else query.get("password", ""),
+        "password": unquote(parts.password) if parts.password else query.get("password"),
         "database": unquote(parts.path.strip("/")),
         "application_name": "hilo",
         "startup_params": {"statement_timeout": "15000", "options": query.get("options")},  # -csearch_path=…
@@ -106,6 +106,7 @@ class Database:
 
     def __init__(self, url: str, connections: int = 4):
         self.options = connection_options(url)
+        self.options["password"] = self.options["password"] or ""  # the driver fails on None where SCRAM is wanted
         self.closed = False
         self.idle: queue.LifoQueue[pg8000.native.Connection | None] = queue.LifoQueue()
         for _ in range(connections):
@@ -219,11 +220,14 @@ class Database:
 
 def fault_of(error: BaseException) -> str:
     """Return what a database error may say in a log: SQLSTATE, or the system's own words."""
-    if error.args and isinstance(error.args[0], dict):
-        return f"SQLSTATE {error.args[0].get('C', '?')}"
-    system = error if isinstance(error, OSError) else error.__cause__
-    own = str(error) if isinstance(error, pg8000.native.InterfaceError) and system is None else ""
-    return (system.strerror if isinstance(system, OSError) else own) or type(system or error).__name__
+    chain = [error]  # pg8000 closes a connection that was refused, and that may fail in its turn
+    while (before := chain[-1].__context__) is not None:
+        chain.append(before)
+    for each in chain:
+        if each.args and isinstance(each.args[0], dict):
+            return f"SQLSTATE {each.args[0].get('C', '?')}"
+    words = next((each.strerror for each in chain if isinstance(each, OSError) and each.strerror), None)
+    return words or (str(error) if isinstance(error, pg8000.native.InterfaceError) else type(error).__name__)
 
 
 def hung_up(connection: pg8000.native.Connection) -> bool:
