@@ -147,33 +147,6 @@ def test_messages_while_the_model_works_go_into_the_next_turn_together_in_order(
     assert second["input"][0]["role"] == "developer"  # they were written before the first answer was read
 
 
-def test_messages_of_one_burst_are_one_turn(start: Start, twilio: Simulator, openai_server: LocalOpenAI) -> None:
-    hilo = start(BURST_SECONDS="1", OPENAI_WEBHOOK_SECRET=WEBHOOK_SECRET)
-    for text in ("hola", "busco", "un curso"):
-        twilio.receive(ANA, text)
-    twilio.wait_for(ANA, 1)
-    assert len(hilo.done()) == 1
-    assert [user_texts(body) for body in creates(openai_server)] == [["hola", "busco", "un curso"]]
-
-
-def test_burst_that_never_pauses_is_answered_after_five_waits(start: Start, twilio: Simulator) -> None:
-    hilo = start(BURST_SECONDS="2", WORKER_THREADS="0")
-    twilio.receive(ANA, "y otra cosa")
-    hilo.rows("UPDATE runs SET created_at = now() - interval '9 s'")
-    twilio.receive(ANA, "y otra más")
-    assert 0 < hilo.rows("SELECT extract(epoch FROM due_at - now())::float8 AS s FROM runs")[0]["s"] <= 1
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("hola", 6), ("¿qué cursos hay?", 2), ("Quiero Excel.", 2), ("/ayuda", 0), ("BAJA", 0)]
-)
-def test_text_that_looks_complete_waits_less(start: Start, twilio: Simulator, text: str, seconds: float) -> None:
-    hilo = start(BURST_SECONDS="6", WORKER_THREADS="0")
-    twilio.receive(ANA, text)
-    waits = hilo.rows("SELECT extract(epoch FROM due_at - created_at)::float8 AS s FROM runs")[0]["s"]
-    assert waits == pytest.approx(seconds, abs=0.01)
-
-
 def test_redelivery_changes_nothing(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
     sid = twilio.receive(ANA, "hola").sid
     twilio.receive(ANA, "otra", profile_name="Ana María")
@@ -464,6 +437,19 @@ def test_busy_openai_is_asked_again_after_its_retry_after(
     assert twilio.wait_for(ANA, 1)[0].body == "Eco: hola"
     refused, taken = [r for r in openai_server.requests if (r.method, r.path) == ("POST", "/v1/responses")]
     assert taken.at - refused.at >= 1 and refused.body["conversation"] == taken.body["conversation"]
+
+
+def test_message_meanwhile_does_not_cut_short_what_openai_asked_for(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.faults.append(Fault("POST /v1/responses$", status=429, headers={"retry-after": "1"}))
+    with openai_server.gate("POST /v1/responses$", before_work=True) as gate:
+        twilio.receive(ANA, "uno")
+        assert gate.arrived.wait(5)
+        twilio.receive(ANA, "dos")
+    assert twilio.wait_for(ANA, 1)[0].body == "Eco: uno\ndos"
+    refused, taken = [r for r in openai_server.requests if (r.method, r.path) == ("POST", "/v1/responses")]
+    assert taken.at - refused.at >= 1
 
 
 def test_busy_openai_past_the_deadline_is_not_waited_for(
