@@ -538,16 +538,16 @@ class Journey:
             run.log.warning("⚠️ poll failed: %s", type(error).__name__)
             self.threads.breaker.failed()
             if run.seconds_left <= 0:
-                return self.fall_back(run, "timeout")
+                return self.judge(run, None)
             return self.runs.put_down(run, min(1.0, run.seconds_left))
         self.judge(run, response)
 
-    def judge(self, run: Run, response: Response) -> None:
-        """Go on with a response as its status says."""
-        if response.status in ("queued", "in_progress"):
-            if run.seconds_left > 0:
+    def judge(self, run: Run, response: Response | None) -> None:
+        """Go on with a response as its status says; None where it cannot be told and the time is up."""
+        if response is None or response.status in ("queued", "in_progress"):
+            if response is not None and run.seconds_left > 0:
                 return self.runs.put_down(run, self.poll_delay(time.time() - response.created_at))
-            late = self.threads.cancel(response.id)  # look before giving up: it may have just come
+            late = self.threads.cancel(run.response_id or "")  # look before giving up: it may have just come
             if late is None or late.status != "completed":
                 self.threads.breaker.failed()
                 return self.fall_back(run, "timeout")

@@ -326,14 +326,37 @@ def test_calls_that_come_with_the_cancel_are_not_made(
     assert hurried.rows("SELECT * FROM tool_calls") == []
 
 
-def test_poll_that_hangs_holds_up_the_reply_no_longer_than_the_deadline(
-    hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+@pytest.mark.parametrize(("seconds", "reply", "ends"), [(0, "Eco: hola", "completed"), (60, "[timeout]", "cancelled")])
+def test_poll_that_hangs_holds_up_no_reply_and_the_cancel_tells_what_became_of_it(
+    hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI, seconds: float, reply: str, ends: str
 ) -> None:
+    openai_server.think_seconds = seconds
     openai_server.faults.append(Fault("GET /v1/responses/", hang=8, repeat=None))
     began = time.monotonic()
     twilio.receive(ANA, "hola")
-    twilio.wait_for(ANA, 1)
+    assert twilio.wait_for(ANA, 1)[0].body == reply
     assert time.monotonic() - began < 5
+    assert [record.status for record in openai_server.responses.values()] == [ends]
+
+
+def test_create_that_hangs_holds_up_no_reply(hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+    openai_server.faults.append(Fault("POST /v1/responses$", hang=8, repeat=None))
+    began = time.monotonic()
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 1)
+    assert time.monotonic() - began < 4
+    assert hurried.done()[0]["outcome"] == "fallback" and hurried.rows("SELECT * FROM oa_threads_map") == []
+
+
+def test_assistants_file_decides_what_is_sent(woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
+    assistants = woken.gateway.journey.assistants
+    changes = {"vector_stores": ("vs_1",), "max_results": 7, "max_output_tokens": 500, "reasoning_effort": None}
+    assistants["cursos"] = assistants["cursos"].model_copy(update={**changes, "tools": ()})
+    twilio.receive(ANA, "hola")
+    twilio.wait_for(ANA, 1)
+    (body,) = creates(openai_server)
+    assert body["tools"] == [{"type": "file_search", "vector_store_ids": ["vs_1"], "max_num_results": 7}]
+    assert body["max_output_tokens"] == 500 and "reasoning" not in body
 
 
 def test_conversation_that_cannot_be_made_in_time_holds_up_no_reply(
