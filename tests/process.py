@@ -1,4 +1,4 @@
-"""The gateway as a process of its own, to be killed, paused and started again."""
+"""The gateway and PostgreSQL as processes of their own, to be killed, paused and started again."""
 
 from __future__ import annotations
 
@@ -73,3 +73,21 @@ class Process:
         """Let it stand still until it gets SIGCONT."""
         self.send_signal(signal.SIGSTOP)
         wait_for(self.paused)
+
+
+class Postgres:
+    """A PostgreSQL of the test's own; whoever starts it does not stay."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.url = self.start()
+
+    def start(self) -> str:
+        """Return its URL once it runs."""
+        script = "import localdb, pathlib, sys; print(localdb.start(pathlib.Path(sys.argv[1])).url)"
+        command = [sys.executable, "-c", script, str(self.directory)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def stop(self, number: signal.Signals) -> None:
+        """SIGINT stops it in good order, SIGQUIT at once, SIGKILL dead."""
+        os.kill(int((self.directory / "postgres/postmaster.pid").read_text().split()[0]), number)

@@ -7,12 +7,9 @@ or a moment on the wire at which a local server holds its answer.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,7 +26,7 @@ from pace import Breaker
 from simulator import Delivery, Simulator
 from tests.conftest import ANA, Hilo, Server, environment, wait_for
 from tests.local_openai import Answer, Json, LocalOpenAI, calls, echo, fails, never, says, script, unanswered_texts
-from tests.process import Process
+from tests.process import Postgres, Process
 from tools import Event
 from upkeep import SETTLED, TICK
 
@@ -416,24 +413,6 @@ def test_start_and_outage_are_followed_by_a_catch_up_once_messages_have_settled(
 
 
 # --- PostgreSQL goes away ---------------------------------------------------------------------------------
-
-
-class Postgres:
-    """A PostgreSQL of the test's own; whoever starts it does not stay."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.url = self.start()
-
-    def start(self) -> str:
-        """Return its URL once it runs."""
-        script = "import localdb, pathlib, sys; print(localdb.start(pathlib.Path(sys.argv[1])).url)"
-        command = [sys.executable, "-c", script, str(self.directory)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    def stop(self, number: signal.Signals) -> None:
-        """SIGINT stops it in good order, SIGQUIT at once, SIGKILL dead."""
-        os.kill(int((self.directory / "postgres/postmaster.pid").read_text().split()[0]), number)
 
 
 def test_postgresql_restarts_in_mid_traffic_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ def note(context: Context, what: str) -> None:
 
 def consultar_cupo(context: Context, curso: str) -> str:
     """Dice cuántos lugares quedan en un curso."""
-    note(context, "consultar_cupo")
+    note(context, f"consultar_cupo {curso}")
     return f"Quedan 7 lugares en {curso}."
 
 
 def inscribir(context: Context, curso: str) -> str:
     """Inscribe al usuario en un curso."""
-    note(context, "inscribir")
+    note(context, f"inscribir {curso}")
     return f"Inscrito en {curso}."
 
 
