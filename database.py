@@ -7,6 +7,7 @@ import queue
 import re
 import select
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from settings import ConfigurationError
 HERE = Path(__file__).parent
 CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
+STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
 MIGRATION_TRIES = 12  # of five seconds, while others hold a table
@@ -104,13 +106,16 @@ class Database:
     # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
     LOST = ("57P01", "57P02", "57P03", "08000", "08003", "08006", "0A000")
 
-    def __init__(self, url: str, connections: int = 4):
+    def __init__(self, url: str, connections: int = 4, time_zone: str | None = None):
         self.options = connection_options(url)
+        if time_zone:  # where current_date is the users' own day
+            self.options["startup_params"] |= {"TimeZone": time_zone}
         self.options["password"] = self.options["password"] or ""  # the driver fails on None where SCRAM is wanted
         self.closed = False
         self.idle: queue.LifoQueue[pg8000.native.Connection | None] = queue.LifoQueue()
         for _ in range(connections):
             self.idle.put(None)
+        self.for_guests = threading.Semaphore(max(1, connections - 1))
 
     def connect(self) -> pg8000.native.Connection:
         """Return a new connection; raises DatabaseDown."""
@@ -163,6 +168,8 @@ class Database:
             discard(connection)
             connection = None
             raise DatabaseDown(f"SQLSTATE {fields.get('C')}") from None
+        except ValueError:  # the caller's mistake, found before anything was sent
+            raise
         except BaseException:  # broken off at some point of the protocol: nobody can tell what it would answer next
             discard(connection)
             connection = None
@@ -187,6 +194,8 @@ class Database:
         """Return the rows of one statement, tried once."""
         with self.connection() as connection:
             statement = connection.statements.get(sql)
+            if statement is None and len(connection.statements) >= STATEMENTS:
+                connection.statements.pop(next(iter(connection.statements))).close()
             if statement is None:
                 statement = connection.statements[sql] = connection.prepare(sql)
             try:
@@ -197,6 +206,15 @@ class Database:
                 raise
             names = [column["name"] for column in statement.columns or ()]
             return [dict(zip(names, row, strict=True)) for row in found or ()]
+
+    def guest_rows(self, sql: str, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows of a plugin's statement: however slow those are, one connection is left to the gateway."""
+        if not self.for_guests.acquire(timeout=CONNECT_TIMEOUT):
+            raise DatabaseDown("statements of plugins hold all the connections that they may")
+        try:
+            return self.rows(sql, params)
+        finally:
+            self.for_guests.release()
 
     def all(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of the statement of that name in queries.sql."""

@@ -804,7 +804,7 @@ class Journey:
 
     def query(self, sql: str, params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Context.query: one statement on the pool."""
-        return self.db.rows(sql, params)
+        return self.db.guest_rows(sql, params)
 
     def history(self, address: str, n: int, run_id: int | None) -> list[Turn]:
         """Context.history: the transcript before this turn."""
