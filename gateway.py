@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 from xml.sax.saxutils import escape
+from zoneinfo import ZoneInfo
 
 import bottle
 import pydantic_core
@@ -225,7 +226,7 @@ class ThreadsAdapter:
             body["max_output_tokens"] = assistant.max_output_tokens
         raw = self.client.responses.with_raw_response.create(
             model=assistant.model,
-            instructions=f"{assistant.instructions}\n\nHoy es {datetime.now(UTC):%Y-%m-%d}.",
+            instructions=f"{assistant.instructions}\n\nHoy es {datetime.now(ZoneInfo(self.settings.zona_horaria)):%Y-%m-%d}.",
             conversation=run.thread_id,
             background=True,
             store=True,
@@ -256,7 +257,7 @@ class ThreadsAdapter:
         import openai
 
         try:
-            return self.client.responses.cancel(response_id, timeout=5.0)
+            return self.client.responses.cancel(response_id, timeout=min(5.0, self.settings.call_timeout))
         except openai.APIError as error:
             log.warning("⚠️ cancel of %s: %s", response_id, type(error).__name__)
             return None
@@ -266,7 +267,9 @@ class ThreadsAdapter:
         import openai
 
         count = 0
-        with contextlib.suppress(openai.NotFoundError, openai.BadRequestError):
+        if not thread_id.startswith("conv_"):
+            return count  # of the old API, which is gone with all that it held
+        with contextlib.suppress(openai.NotFoundError):
             items = list(self.client.conversations.items.list(thread_id, limit=100))  # whole, before the first one goes
             for item in items:
                 with contextlib.suppress(openai.NotFoundError):
@@ -547,6 +550,7 @@ class Journey:
         if response is None or response.status in ("queued", "in_progress"):
             if response is not None and run.seconds_left > 0:
                 return self.runs.put_down(run, self.poll_delay(time.time() - response.created_at))
+            self.runs.renew(run, self.settings.call_timeout)
             late = self.threads.cancel(run.response_id or "")  # look before giving up: it may have just come
             if late is None or late.status != "completed":
                 self.threads.breaker.failed()
@@ -597,7 +601,7 @@ class Journey:
         ids = [call.call_id for call in calls]
         longest = max((tools[c.name].timeout for c in calls if c.name in tools), default=0.0)
         facts = {"calls": json.dumps(rows), "ids": ids, **run.ended}
-        begun = self.runs.renew(run, longest, "begin_calls", **facts)["known"] or {}
+        begun = self.runs.renew(run, max(0.0, min(longest, run.seconds_left)), "begin_calls", **facts)["known"] or {}
         run.check_lease()
         self.last_message(run)  # tools may ask for the turn
         jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
@@ -608,16 +612,19 @@ class Journey:
         return [{"type": "function_call_output", "call_id": id, "output": outputs[id]} for id in ids]
 
     def begin_call(
-        self, run: Run, call: ResponseFunctionToolCall, tool: Tool | None, before: str | None
+        self, run: Run, call: ResponseFunctionToolCall, tool: Tool | None, before: bool | None
     ) -> ToolCall | None:
-        """Start a call in a thread of its own, None where its output is known; `before` is what a lost worker left."""
+        """Start a call in a thread of its own, None where its output is known; `before`: whether a worker that is gone
+        left an output, None where none had begun."""
         save = partial(self.save_output, run, call)
         if before:
             return None
         if tool is None:
             save(problem(f"no existe la herramienta {call.name}"), False, 0)
-        elif before == "" and tool.side_effects:  # begun by a worker that is gone: not a second time
+        elif before is False and tool.side_effects:  # not a second time
             save(UNKNOWN_OUTCOME, False, 0)
+        elif ToolCall.too_many_hang(tool.name):
+            save(problem("no está disponible en este momento"), False, 0)
         else:
             return ToolCall(tool, call.arguments, self.context(run), save)
         return None
@@ -658,6 +665,7 @@ class Journey:
     def fall_back(self, run: Run, reason: str) -> None:
         """Write the traditional flow's answer; the conversation, which lacks it, is left behind."""
         if run.response_id and run.state == "waiting" and reason != "timeout":
+            self.runs.renew(run, self.settings.call_timeout)
             self.threads.cancel(run.response_id)
         message = self.last_message(run)
         parts = None
@@ -691,6 +699,8 @@ class Journey:
                 run.log.info("🤐 Part withheld: the user is in mode %s", part["mode"])
             elif part["hold_for"] is not None:
                 return self.runs.put_down(run, part["hold_for"])
+            elif part["state"] is None:  # a callback told meanwhile what became of it
+                continue
             else:
                 more = self.send(run, part)
         if run.held:
@@ -732,7 +742,7 @@ class Journey:
     def back_to_queue(self, run: Run, part: Mapping[str, Any], why: str, seconds: float) -> None:
         """Try a part again later: it was certainly not sent. After a day it is given up."""
         row = self.runs.fenced(run, "not_sent", part=part["id"], long=SEND_FOR)
-        then = "given up" if row["state"] == "failed" else f"again in {seconds:.0f} s"
+        then = f"again in {seconds:.0f} s" if row["state"] == "queued" else row["state"]
         run.log.warning("⚠️ Part not sent (%s): %s", why, then)
         self.runs.put_down(run, seconds, asked=True)
 
@@ -899,12 +909,12 @@ class Gateway:
 
     def __init__(self, settings: Settings, database_url: str):
         self.settings = settings
-        self.db = Database(database_url, settings.db_connections)
+        self.db = Database(database_url, settings.db_connections, settings.zona_horaria)
         self.plugins = Plugins()
         self.alarm = Alarm()
         self.workers = Workers(settings, self.db, self.alarm)
         self.journey = Journey(settings, self.db, self.plugins, self.workers.woken)
-        self.chores: list[Callable[[], None]] = [self.workers.replace_stuck]
+        self.chores: list[Callable[[], None]] = []  # of upkeep
         self.upkeep = Upkeep(self)
         self.last_event: datetime | None = None
 
@@ -922,6 +932,7 @@ class Gateway:
         self.upkeep.stopping.set()
         self.workers.stop(until - 4)  # what follows takes its seconds too
         self.journey.close()
+        self.upkeep.stop(2)
         self.db.close()
 
     def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:

@@ -58,7 +58,5 @@ class Pacer:
         """Return in how many seconds to poll, at least `least`."""
         with self.lock:
             now = time.monotonic()
-            slot = max(self.next, now + least)
-            if slot == self.next or least < 1:
-                self.next = max(self.next, now) + self.gap
-            return slot - now
+            self.next = max(self.next, now) + self.gap
+            return max(least, self.next - now)

@@ -142,7 +142,7 @@ i AS (
     INSERT INTO tool_calls (call_id, run_id, response_id, name, arguments)
     SELECT x.call_id, r.id, :resp, x.name, x.arguments
     FROM r, jsonb_to_recordset(:calls::jsonb) AS x (call_id text, name text, arguments text) ON CONFLICT DO NOTHING)
-SELECT (SELECT jsonb_object_agg(t.call_id, coalesce(t.output, '')) FROM tool_calls t WHERE t.call_id = ANY(:ids)) AS known
+SELECT (SELECT jsonb_object_agg(t.call_id, t.output IS NOT NULL) FROM tool_calls t WHERE t.call_id = ANY(:ids)) AS known
 FROM r
 
 -- name: save_output
@@ -187,19 +187,18 @@ WITH r AS (
     WHERE id = :id AND attempt = :a AND state = 'sending' RETURNING id, user_phone),
 n AS (
     SELECT m.id, m.user_phone, coalesce(u.reply_to, m.user_phone) AS address, coalesce(u.mode, 'bot') AS mode,
-        u.own_number, u.last_in_at < now() - interval '24 hours' AS late,
-        coalesce(u.mode, 'bot') = 'bot' OR u.mode_run IS NOT DISTINCT FROM r.id
-            OR m.user_phone <> r.user_phone AND u.mode <> 'out' AS allowed,
+        u.own_number, u.last_in_at < now() - interval '24 hours' AS late, r.id AS run, r.user_phone AS run_user,
         (SELECT extract(epoch FROM p.sending_at + interval '2 s' - now())::float8 FROM messages p
             WHERE p.run_id = r.id AND p.direction = 'out' AND p.user_phone = m.user_phone AND p.id < m.id
             AND p.state = 'sent' AND NOT p.confirmed ORDER BY p.id DESC LIMIT 1) AS hold_for
     FROM r JOIN messages m ON m.run_id = r.id AND m.direction = 'out' AND m.state = 'queued'
     LEFT JOIN users u ON u.user_phone = m.user_phone ORDER BY m.id LIMIT 1),
 s AS (
-    UPDATE messages m SET state = CASE WHEN n.allowed THEN 'sending' ELSE 'withheld' END, sending_at = now(),
-        sends = m.sends + n.allowed::int, updated_at = now()
+    UPDATE messages m SET state = CASE WHEN may_send(n.user_phone, n.run, n.run_user) THEN 'sending' ELSE 'withheld' END,
+        sending_at = now(), sends = m.sends + 1, updated_at = now()
     FROM n WHERE m.id = n.id AND m.state = 'queued' AND coalesce(n.hold_for, 0) <= 0 RETURNING m.*)
-SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, n.own_number, n.late, CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
+SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, n.own_number, n.late,
+    CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
     s.state, s.body, s.media_url, s.content_sid, s.variables, s.sending_at, s.sends
 FROM r LEFT JOIN n ON true LEFT JOIN s ON s.id = n.id
 
@@ -213,11 +212,12 @@ SELECT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = s.run_id AND m.directio
     AND m.state IN ('queued', 'sending')) AS more FROM s
 
 -- name: not_sent
--- Certainly not sent: it goes again, for a day at most.
+-- Certainly not sent: it goes again, for a day at most; unless a callback has told more meanwhile.
 WITH r AS (SELECT id, created_at FROM runs WHERE id = :id AND attempt = :a FOR NO KEY UPDATE)
 UPDATE messages m SET updated_at = now(),
-    state = CASE WHEN r.created_at < now() - :long::float8 * interval '1 s' THEN 'failed' ELSE 'queued' END
-FROM r WHERE m.id = :part AND m.state = 'sending' RETURNING m.state
+    state = CASE WHEN m.state <> 'sending' THEN m.state
+        WHEN r.created_at < now() - :long::float8 * interval '1 s' THEN 'failed' ELSE 'queued' END
+FROM r WHERE m.id = :part RETURNING m.state
 
 -- name: refused
 UPDATE messages SET state = 'failed', error_code = :code::int, updated_at = now()
@@ -242,7 +242,8 @@ m AS (
         sid = coalesce(m.sid, :sid), confirmed = o.confirmed OR :gone, error_code = coalesce(:code::int, m.error_code), updated_at = now()
     FROM o WHERE m.id = o.id
     RETURNING m.id, m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.state <> o.state AS changed,
-        :gone AND NOT o.confirmed OR o.state = 'sending' AS eased), -- what the run may have waited for
+        :gone AND NOT o.confirmed OR o.state = 'sending' OR :state IN ('failed', 'undelivered') AS eased),
+        -- eased: what the run may have waited for, or has to count
 d AS (
     UPDATE runs SET outcome = 'undelivered', reason = m.error_code::text FROM m
     WHERE runs.id = m.run_id AND runs.state = 'done' AND m.state IN ('failed', 'undelivered')),
@@ -266,9 +267,10 @@ SELECT user_phone, 'out', id, 'queued', :template FROM r RETURNING run_id
 
 -- name: finish
 -- What arrived meanwhile becomes the next turn, a burst after the last message. Images and files that the model was
--- shown are in the conversation now: of them the transcript keeps the words.
+-- shown are in the conversation now: of them the transcript keeps the words. A callback at the same moment raises
+-- wakes: then what was counted here may be old, no row is touched, and the caller tries again.
 WITH p AS (
-    SELECT count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
+    SELECT (SELECT wakes FROM runs WHERE id = :id) AS seen, count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
         CASE WHEN NOT bool_or(content_sid IS NOT NULL) THEN min(user_phone) FILTER (WHERE error_code = 63016) END AS shut,
         count(*) FILTER (WHERE state IN ('failed', 'undelivered'))
             * (NOT coalesce(bool_or(content_sid IS NOT NULL AND state IN ('sent', 'delivered', 'read')), false))::int AS lost
@@ -277,7 +279,7 @@ f AS (
     UPDATE runs SET state = 'done', held = false, finished_at = now(),
         outcome = CASE WHEN p.lost > 0 THEN 'undelivered' ELSE coalesce(outcome, 'intercepted') END,
         reason = CASE WHEN p.lost > 0 THEN p.code ELSE reason END
-    FROM p WHERE id = :id AND attempt = :a AND state <> 'done'
+    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' AND wakes = p.seen
     RETURNING id, user_phone, pending, outcome, created_at, sent, shut),
 k AS (
     UPDATE messages SET input = (SELECT to_jsonb(string_agg(part ->> 'text', chr(10)))
@@ -297,13 +299,17 @@ SELECT state, count(*) AS n, extract(epoch FROM now() - min(due_at) FILTER (WHER
 FROM runs WHERE state <> 'done' GROUP BY state
 
 -- name: discarded
-SELECT thread_id FROM discarded_threads WHERE due_at <= now() ORDER BY due_at LIMIT 10
+-- Taken for ten minutes, so that no other process deletes the same.
+UPDATE discarded_threads SET due_at = now() + interval '10 minutes' WHERE thread_id IN (
+    SELECT thread_id FROM discarded_threads WHERE due_at <= now() ORDER BY due_at LIMIT 2 FOR UPDATE SKIP LOCKED)
+RETURNING thread_id
 
 -- name: discard_done
 DELETE FROM discarded_threads WHERE thread_id = :thread RETURNING thread_id
 
 -- name: discard_later
-UPDATE discarded_threads SET attempts = attempts + 1, due_at = now() + least(3600, 10 * 2 ^ attempts) * interval '1 s'
+UPDATE discarded_threads SET attempts = attempts + 1,
+    due_at = now() + least(3600, 10 * 2 ^ least(attempts, 10)) * interval '1 s'
 WHERE thread_id = :thread RETURNING attempts
 
 -- name: hand_back
@@ -337,6 +343,12 @@ gone AS (
     DELETE FROM runs r USING w WHERE r.id = w.id AND w.old
         AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = r.id) RETURNING r.id)
 SELECT max(id) AS upto, count(*) FILTER (WHERE old) AS old, (SELECT count(*) FROM gone) AS gone FROM w
+
+-- name: prune_responses
+-- Those of no run: another application's, told by the project's webhook, or cancelled by a worker that lost its lease.
+WITH gone AS (DELETE FROM responses WHERE id IN (SELECT id FROM responses WHERE run_id IS NULL
+    AND created_at < now() - :days::int * interval '1 day' ORDER BY created_at LIMIT :n) RETURNING 1)
+SELECT :after::bigint AS upto, count(*) AS old, count(*) AS gone FROM gone
 
 -- name: get
 SELECT value FROM hilo WHERE key = :key

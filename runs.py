@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gateway import Journey
 
 FAULTS = (DatabaseDown, DatabaseFault)
+FINISHES = 4  # times a run is finished again because something else woke it at that moment
 INSIST = 0.25  # seconds between attempts to write down what has happened elsewhere
 
 log = logging.getLogger("hilo")
@@ -156,7 +157,10 @@ class Runs:
 
     def finish(self, run: Run) -> dict[str, Any]:
         """End the turn; what arrived meanwhile becomes the next one. Returns outcome, parts sent and seconds."""
-        row = self.fenced(run, "finish", burst=self.settings.burst_seconds)
+        facts = {"id": run.id, "a": run.attempt, "burst": self.settings.burst_seconds}
+        row = next(filter(None, (self.db.one("finish", **facts) for _ in range(FINISHES))), None)
+        if row is None:
+            raise LeaseLost
         run.state, run.held = "done", False
         if row["next"] is not None:
             self.wake_in(row["next"])
@@ -237,7 +241,9 @@ class Workers:
         self.journey.warm()
         while not self.stopping:
             self.alarm.wait()
-            self.free.acquire()
+            if not self.free.acquire(blocking=False):
+                self.notify.set()  # all are busy here: another process may be free
+                self.free.acquire()
             n = 1
             while n < 16 and self.free.acquire(blocking=False):
                 n += 1
@@ -284,8 +290,10 @@ class Workers:
         self.claimed.put(None)  # for the next one
 
     def keep(self) -> None:
-        """Lengthen the leases of runs whose response is being created: that call alone may last to the deadline."""
+        """Lengthen the leases of runs whose response is being created, which alone may last to the deadline; and see
+        to workers that hang."""
         while not self.ended.wait(self.settings.grace / 4):
+            self.replace_stuck()
             for _, run in list(self.busy.values()):
                 soon = run.lease_until - time.monotonic() < self.settings.call_timeout
                 if run.creating and soon and run.seconds_left > -self.settings.grace:
@@ -295,7 +303,8 @@ class Workers:
     def replace_stuck(self) -> None:
         """Start a worker for each that hangs; fencing makes what the old one may still do harmless."""
         for thread, (since, run) in list(self.busy.items()):
-            if time.monotonic() - since > self.STUCK and self.busy.pop(thread, None) is not None:
+            late = time.monotonic() > max(since + self.STUCK, run.lease_until)
+            if late and self.busy.pop(thread, None) is not None:
                 run.log.error("⚠️ a worker hangs in this run, in a plugin or library: replaced")
                 threading.Thread(target=self.work, name="work", daemon=True).start()
 

@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import time
+import zoneinfo
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import dotenv
 import frontmatter
@@ -32,6 +33,14 @@ class ConfigurationError(Exception):
 def setting(needs: str, default: Any = None, **constraints: Any) -> Any:
     """Return a field of Settings; `needs` completes the sentence "it needs …"."""
     return pydantic.Field(default, description=needs, **constraints)
+
+
+def known_zone(name: str) -> str:
+    """Return the name of a time zone; raises ValueError where there is none of that name."""
+    try:
+        return zoneinfo.ZoneInfo(name).key
+    except (zoneinfo.ZoneInfoNotFoundError, OSError):
+        raise ValueError("no such time zone") from None
 
 
 class Settings(pydantic.BaseModel):
@@ -60,6 +69,9 @@ class Settings(pydantic.BaseModel):
     assistant_id: str | None = setting("the name of a file in assistants/, without .md", pattern=r"^[\w-]+$")
     threads_integration_enabled: bool = setting("true or false", True)
     threads_run_timeout: float = setting("seconds from 1 to 86400", 30.0, ge=1, le=86400)
+    zona_horaria: Annotated[str, pydantic.AfterValidator(known_zone)] = setting(
+        "a time zone such as America/Mexico_City or Europe/Madrid", "America/Mexico_City"
+    )
     burst_seconds: float = setting("seconds from 0 to 60", 1.5, ge=0, le=60)
     worker_threads: int = setting("a whole number from 0 (web only) to 256", 16, ge=0, le=256)
     web_threads: int = setting("a whole number from 1 to 256", 8, ge=1, le=256)

@@ -55,7 +55,7 @@ class Upkeep:
             log.debug("upkeep: %s: %s", name, error)
             self.outage()
         except DatabaseFault as error:
-            log.debug("upkeep: %s: %s", name, error)
+            log.warning("⚠️ upkeep: %s failed: %s", name, error)
         except Exception as error:
             log.warning("⚠️ upkeep: %s failed: %s", name, error)
 
@@ -120,7 +120,7 @@ class Upkeep:
         self.next_prune = time.monotonic() + PRUNE_EVERY / 24
         if not self.gateway.db.one("take_turn", key="pruned_at", seconds=PRUNE_EVERY - 60):
             return
-        gone = {name: self.sweep(f"prune_{name}", days) for name in ("messages", "runs")}
+        gone = {name: self.sweep(f"prune_{name}", days) for name in ("messages", "runs", "responses")}
         if any(gone.values()):
             log.info("older than %d days: %d messages and %d runs removed", days, gone["messages"], gone["runs"])
 
@@ -134,8 +134,8 @@ class Upkeep:
             after, gone = row["upto"], gone + row["gone"]
         return gone
 
-    def stop(self) -> None:
-        """Stop after the job in hand; does not wait longer than a tick."""
+    def stop(self, seconds: float) -> None:
+        """Wait so long for the job in hand, of a thread that was started."""
         self.stopping.set()
         with contextlib.suppress(RuntimeError):
-            self.thread.join(TICK)
+            self.thread.join(seconds)

@@ -265,6 +265,8 @@ class WhatsApp:
     def is_twilio(self, url: str) -> bool:
         """Tell whether a URL is Twilio's own (TWILIO_API_URL stands for it)."""
         parts, local = urlsplit(url), self.settings.twilio_api_url
+        if "\\" in url or "@" in parts.netloc:  # who opens such a URL may read another host in it
+            return False
         if local and f"{parts.scheme}://{parts.netloc}" == local.rstrip("/"):
             return True
         return parts.scheme == "https" and (parts.hostname or "").endswith(".twilio.com")

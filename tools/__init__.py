@@ -31,6 +31,8 @@ from typing import Any
 
 import pluggy
 import pydantic
+import pydantic.errors
+import pydantic.fields
 import typing_extensions
 
 __all__ = ["Context", "Event", "Media", "Message", "Part", "PluginError", "Tool", "ToolError", "Turn", "hookimpl"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pluggy
 import pydantic_core
@@ -205,7 +205,16 @@ class ToolCall:
 
     `save(output, ok, milliseconds)` records the outcome and tells whether it was the first to do so."""
 
+    LEFT = 32  # calls of one tool that were left behind and still run, at which it is not called again
     abandoned = 0  # calls left behind since the start
+    hanging: ClassVar[dict[str, set[threading.Thread]]] = {}
+
+    @classmethod
+    def too_many_hang(cls, name: str) -> bool:
+        """Tell whether so many calls of a tool hang that one more would only add a thread."""
+        alive = {thread for thread in cls.hanging.get(name, set()) if thread.is_alive()}
+        cls.hanging[name] = alive
+        return len(alive) >= cls.LEFT
 
     def __init__(self, tool: Tool, arguments: str, context: Context, save: Callable[[str, bool, int], bool]):
         self.tool, self.arguments, self.context, self.save = tool, arguments, context, save
@@ -262,5 +271,8 @@ class ToolCall:
         self.left = True
         if not self.saved:
             told = UNKNOWN_OUTCOME if self.tool.side_effects and self.begun else problem("no terminó a tiempo")
-            ToolCall.abandoned += self.save(told, False, self.milliseconds)
-            self.give_place_back()
+            try:
+                ToolCall.abandoned += self.save(told, False, self.milliseconds)
+            finally:
+                self.hanging.setdefault(self.tool.name, set()).add(self.thread)
+                self.give_place_back()

@@ -297,10 +297,13 @@ BEGIN
         VALUES (who, coalesce(p_external, handle), p_from, p_to, p_profile, p_at, p_language)
         ON CONFLICT (user_phone) DO UPDATE SET
             reply_to = excluded.reply_to, own_number = excluded.own_number, last_in_at = greatest(u.last_in_at, p_at),
-            external_user_id = coalesce(p_external, u.external_user_id, handle),
             profile_name = coalesce(nullif(excluded.profile_name, ''), u.profile_name),
             language = coalesce(excluded.language, u.language)
         RETURNING u.mode INTO was;
+    -- By itself, and only where it changes: setting a unique column locks the row against the foreign key of the next
+    -- run that `finish` makes, which holds the run that is wanted here.
+    UPDATE users SET external_user_id = coalesce(p_external, external_user_id, handle)
+        WHERE user_phone = who AND external_user_id IS DISTINCT FROM coalesce(p_external, external_user_id, handle);
     IF who <> p_from THEN
         IF NOT EXISTS (SELECT 1 FROM addresses WHERE address = p_from AND user_phone = who) THEN
             INSERT INTO addresses VALUES (p_from, who) ON CONFLICT (address) DO UPDATE SET user_phone = excluded.user_phone;
@@ -331,6 +334,13 @@ BEGIN
                 ELSE least(excluded.due_at, r.created_at + 5 * greatest(p_burst, 0.2) * interval '1 s') END
         RETURNING r.id, r.held, extract(epoch FROM r.due_at - now())::float8;
 END $$;
+
+-- Whether a part may leave: not to a user who opted out, nor past an advisor, but for the run that caused it. VOLATILE,
+-- so that it sees the mode as it is now, not as it was when the statement that calls it began to wait for a lock.
+CREATE OR REPLACE FUNCTION may_send(p_to text, p_run bigint, p_user text) RETURNS boolean LANGUAGE sql VOLATILE AS $$
+    SELECT coalesce((SELECT u.mode = 'bot' OR u.mode_run IS NOT DISTINCT FROM p_run OR p_to <> p_user AND u.mode <> 'out'
+        FROM users u WHERE u.user_phone = p_to), true)
+$$;
 
 -- Leave a user's conversation for good: nothing said up to now, or up to one message of the turn, is told to the next
 -- one, and OpenAI's copy is deleted. An answer to what came before that message may have been written after it came.
