@@ -381,7 +381,9 @@ def test_default_that_is_a_field_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [print, len, Contacto, 7, "f", lambda: 1, Contacto(nombre="x").model_dump], ids=str
+    "function",
+    [print, len, Contacto, 7, "f", lambda: 1, Contacto(nombre="x").model_dump],
+    ids=["print", "len", "class", "int", "str", "lambda", "method"],
 )
 def test_what_is_no_function_is_refused(function: Any) -> None:
     with pytest.raises(PluginError):
