@@ -158,6 +158,11 @@ class Hilo:
         self.gateway.plugins.load(module.__name__, lambda: module, "tools/prueba.py")
         return self.gateway.plugins.reports[module.__name__]
 
+    def unplug(self, report: PluginReport) -> None:
+        """Take out a plugin that `plug` loaded."""
+        plugins = self.gateway.plugins
+        plugins.unload(next(name for name, known in plugins.reports.items() if known is report))
+
     def tool(self, *functions: Callable[..., Any], **options: Any) -> None:
         """Let the assistant call these functions."""
         report = self.plug(register_tools=lambda register: [register(function, **options) for function in functions])
@@ -204,6 +209,17 @@ def environment(database_url: str, twilio: Simulator, openai_server: LocalOpenAI
     env |= more
     twilio.gateway_url = env["PUBLIC_URL"]
     return {key: value for key, value in env.items() if value}
+
+
+@contextlib.contextmanager
+def serving(postgres: Server, **more: str) -> Iterator[tuple[Hilo, Simulator, LocalOpenAI]]:
+    """A running gateway with a database, a Twilio and an OpenAI of its own, for the tests of a whole module."""
+    name = postgres.create()
+    with Simulator() as twilio, LocalOpenAI() as openai_server:
+        hilo = Hilo(load_settings(environment(postgres.named(name), twilio, openai_server, **more))).start()
+        yield hilo, twilio, openai_server
+        hilo.stop()
+    postgres.drop(name)
 
 
 @pytest.fixture

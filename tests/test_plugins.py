@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from settings import Assistant
 from simulator import Simulator
-from tests.conftest import ANA, Hilo, wait_for
+from tests.conftest import ANA, Hilo, Server, serving, wait_for
 from tests.local_openai import LocalOpenAI, calls, fails, says, script
 from tests.test_webhooks import request
 from tools import Context, Event, Message, Part, ToolError, hookimpl
@@ -47,9 +48,28 @@ def creates(server: LocalOpenAI) -> list[dict[str, Any]]:
     return [request.body for request in server.requests if (request.method, request.path) == ("POST", "/v1/responses")]
 
 
-def told(server: LocalOpenAI) -> list[Any]:
-    """What the model was told that the user said, in the last call."""
-    return [item["content"] for item in creates(server)[-1]["input"] if item.get("role") == "user"]
+Stage = tuple[Hilo, Simulator, LocalOpenAI]
+NUMBERS = itertools.count(5215530000000)
+
+
+@pytest.fixture(scope="module")
+def stage(postgres: Server) -> Iterator[Stage]:
+    """A gateway on a model that answers at once, for many tests, each with a user of its own."""
+    with serving(postgres) as (hilo, twilio, openai_server):
+        openai_server.ignores_background = True
+        yield hilo, twilio, openai_server
+
+
+def turn(stage: Stage, **hooks: Callable[..., Any]) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
+    """One turn of a new user who says hola, with these hooks: the run, the texts sent, the responses asked for."""
+    hilo, twilio, openai_server = stage
+    user, before = f"whatsapp:+{next(NUMBERS)}", len(creates(openai_server))
+    report = hilo.plug(**hooks)
+    assert report.error is None
+    twilio.receive(user, "hola")
+    (run,) = wait_for(lambda: hilo.rows("SELECT * FROM runs WHERE user_phone = :u AND state = 'done'", u=user))
+    hilo.unplug(report)
+    return run, [message.body for message in twilio.sent_to(user)], creates(openai_server)[before:]
 
 
 def bodies(twilio: Simulator, count: int) -> list[str]:
@@ -86,23 +106,19 @@ PICTURE = [{"type": "input_text", "text": "una foto"}, {"type": "input_image", "
 @pytest.mark.parametrize(
     ("given", "read"),
     [
-        (None, "¿qué es esto?"),
+        (None, "hola"),
         ("[una nota de voz] hola", "[una nota de voz] hola"),
         (PICTURE, PICTURE),
-        ([], "¿qué es esto?"),
-        ("  ", "¿qué es esto?"),
-        (7, "¿qué es esto?"),
+        ([], "hola"),
+        ("  ", "hola"),
+        (7, "hola"),
         ("ho\x00la\ud83d", "hola"),
     ],
     ids=["None", "text", "parts", "empty list", "blank", "wrong type", "bad characters"],
 )
-def test_hook_message_to_input(
-    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, given: Any, read: Any
-) -> None:
-    direct.plug(message_to_input=lambda message, context: given)
-    twilio.receive(ANA, "¿qué es esto?")
-    twilio.wait_for(ANA, 1)
-    assert told(openai_server) == [read]
+def test_hook_message_to_input(stage: Stage, given: Any, read: Any) -> None:
+    _, _, (asked,) = turn(stage, message_to_input=lambda message, context: given)
+    assert [item["content"] for item in asked["input"]] == [read]
 
 
 def test_hook_message_to_input_is_asked_once_and_its_result_is_told_later_on(
@@ -156,16 +172,11 @@ def test_hook_message_to_input_is_asked_once_and_its_result_is_told_later_on(
         "bad chars",
     ],
 )
-def test_hook_incoming_message(
-    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, given: Any, sent: list[str]
-) -> None:
-    direct.plug(incoming_message=lambda message, context: given)
-    twilio.receive(ANA, "hola")
-    (run,) = direct.done()
-    assert [message.body for message in twilio.sent_to(ANA)] == sent
+def test_hook_incoming_message(stage: Stage, given: Any, sent: list[str]) -> None:
+    run, texts, asked = turn(stage, incoming_message=lambda message, context: given)
     answered = sent[:1] == ["Eco: hola"]
-    assert run["outcome"] == ("answered" if answered else "intercepted")
-    assert len(creates(openai_server)) == answered
+    assert (texts, run["outcome"]) == (sent, "answered" if answered else "intercepted")
+    assert len(asked) == answered
 
 
 def test_hook_incoming_message_is_asked_for_each_message_in_order_and_the_rest_goes_to_the_model(
@@ -189,20 +200,15 @@ def test_hook_incoming_message_is_asked_for_each_message_in_order_and_the_rest_g
 @pytest.mark.parametrize(
     ("chosen", "instructions"), [(None, "curso"), ("ventas", "Vende."), ("nadie", "curso"), (7, "curso")]
 )
-def test_hook_choose_assistant(
-    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, chosen: Any, instructions: str
-) -> None:
+def test_hook_choose_assistant(stage: Stage, chosen: Any, instructions: str) -> None:
     sales = Assistant.model_validate({"name": "ventas", "model": "gpt-6-sol", "instructions": "Vende.", "tools": []})
-    direct.gateway.journey.assistants["ventas"] = sales
-    direct.plug(choose_assistant=lambda message, context: chosen)
-    twilio.receive(ANA, "hola")
-    twilio.wait_for(ANA, 1)
-    (body,) = creates(openai_server)
-    assert instructions in body["instructions"]
-    assert (body["model"], body["tools"] == []) == (
-        ("gpt-6-sol", True) if chosen == "ventas" else ("gpt-6-luna", False)
-    )
-    assert direct.done()[0]["assistant"] == ("ventas" if chosen == "ventas" else "cursos")
+    stage[0].gateway.journey.assistants["ventas"] = sales
+    run, _, (asked,) = turn(stage, choose_assistant=lambda message, context: chosen)
+    assert instructions in asked["instructions"]
+    if chosen == "ventas":
+        assert (run["assistant"], asked["model"], asked["tools"]) == ("ventas", "gpt-6-sol", [])
+    else:
+        assert (run["assistant"], asked["model"], bool(asked["tools"])) == ("cursos", "gpt-6-luna", True)
 
 
 @pytest.mark.parametrize(
@@ -254,30 +260,24 @@ def test_hook_fallback_reply_that_nobody_gives_is_an_apology(
 @pytest.mark.parametrize(
     ("given", "sent"),
     [
-        (None, ["*Hola*"]),
+        (None, ["Eco: hola"]),
         ("¡Hola!", ["¡Hola!"]),
         (["uno", Part(text="dos")], ["uno", "dos"]),
         ([], []),
         ("y" * 1601, ["y" * 1600, "y"]),
-        (object(), ["*Hola*"]),
+        (object(), ["Eco: hola"]),
     ],
     ids=["None", "str", "list", "empty list", "long", "wrong type"],
 )
-def test_hook_format_reply(
-    direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI, given: Any, sent: list[str]
-) -> None:
-    openai_server.model = says("**Hola**")
+def test_hook_format_reply(stage: Stage, given: Any, sent: list[str]) -> None:
     seen = []
 
     def format_reply(text: str, message: Message, context: Context) -> Any:
         seen.append((text, message.text))
         return given
 
-    direct.plug(format_reply=format_reply)
-    twilio.receive(ANA, "hola")
-    assert direct.done()[0]["outcome"] == "answered"
-    assert [message.body for message in twilio.sent_to(ANA)] == sent
-    assert seen == [("**Hola**", "hola")]
+    run, texts, _ = turn(stage, format_reply=format_reply)
+    assert (texts, run["outcome"], seen) == (sent, "answered", [("Eco: hola", "hola")])
 
 
 def test_hook_format_reply_with_media_and_templates(direct: Hilo, twilio: Simulator) -> None:

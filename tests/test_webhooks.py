@@ -6,6 +6,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 from urllib.parse import quote_plus, urlencode
@@ -15,7 +16,7 @@ from twilio.request_validator import RequestValidator
 
 from settings import load_settings
 from simulator import Simulator
-from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, Server, environment, wait_for
+from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, Server, environment, serving, wait_for
 from tests.local_openai import LocalOpenAI, sign
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -27,13 +28,8 @@ Start = Callable[..., Hilo]
 @pytest.fixture(scope="module")
 def web(postgres: Server) -> Iterator[Hilo]:
     """A gateway that takes messages and answers none."""
-    name = postgres.create()
-    with Simulator() as twilio, LocalOpenAI() as openai_server:
-        more = {"WORKER_THREADS": "0", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET}
-        hilo = Hilo(load_settings(environment(postgres.named(name), twilio, openai_server, **more))).start()
+    with serving(postgres, WORKER_THREADS="0", OPENAI_WEBHOOK_SECRET=WEBHOOK_SECRET) as (hilo, _, _):
         yield hilo
-        hilo.stop()
-    postgres.drop(name)
 
 
 def request(
@@ -168,6 +164,15 @@ def test_webhook_secret_takes_the_place_of_the_token(start: Start, twilio: Simul
     form = fields()
     by_token = {"X-Twilio-Signature": signature(hilo, INBOUND, form, token=twilio.auth_token), **FORM}
     assert request(hilo, "POST", INBOUND, urlencode(form), by_token)[0] == 403
+
+
+def test_one_message_delivered_many_times_at_once_is_one_row(web: Hilo) -> None:
+    form = fields(From="whatsapp:+5215577770000")
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(lambda _: post(web, form)[0], range(16)))
+    assert statuses == [200] * 16
+    assert web.rows("SELECT pending FROM runs WHERE user_phone = :u", u=form["From"]) == [{"pending": 1}]
+    assert len(web.rows("SELECT id FROM messages WHERE sid = :s", s=form["MessageSid"])) == 1
 
 
 def test_profile_number_and_username_make_one_user(web: Hilo) -> None:
