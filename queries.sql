@@ -176,8 +176,15 @@ p AS (
 SELECT 1 AS done FROM r
 
 -- name: queue_part
+-- A part that the run has already is not queued again: a tool or a hook may run a second time after a crash.
+WITH x AS (SELECT :to::text AS user_phone, :text::text AS body, :run::bigint AS run_id, :media::text AS media_url,
+    :content::text AS content_sid, :variables::jsonb AS variables)
 INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
-VALUES (:to, 'out', :text, :run, 'queued', :media, :content, :variables::jsonb) RETURNING id
+SELECT user_phone, 'out', body, run_id, 'queued', media_url, content_sid, variables FROM x
+WHERE NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = x.run_id AND m.direction = 'out'
+    AND (m.user_phone, m.body) = (x.user_phone, x.body)
+    AND (m.media_url, m.content_sid, m.variables) IS NOT DISTINCT FROM (x.media_url, x.content_sid, x.variables))
+RETURNING id
 
 -- name: next_part
 -- Moves the next part to sending, or to withheld where its user left the assistant meanwhile. A part whose
@@ -301,7 +308,7 @@ FROM runs WHERE state <> 'done' GROUP BY state
 -- name: discarded
 -- Taken for ten minutes, so that no other process deletes the same.
 UPDATE discarded_threads SET due_at = now() + interval '10 minutes' WHERE thread_id IN (
-    SELECT thread_id FROM discarded_threads WHERE due_at <= now() ORDER BY due_at LIMIT 2 FOR UPDATE SKIP LOCKED)
+    SELECT thread_id FROM discarded_threads WHERE due_at <= now() ORDER BY due_at LIMIT 10 FOR UPDATE SKIP LOCKED)
 RETURNING thread_id
 
 -- name: discard_done

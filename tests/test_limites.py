@@ -137,7 +137,6 @@ def test_count_reads_no_more_than_a_few_index_entries_among_many_messages(hilo: 
         ({"LIMITE_MINUTO": "muchos"}, "LIMITE_MINUTO='muchos' cannot be used: it needs a number"),
         ({"LIMITE_COSTO_DIA": "5"}, "LIMITE_COSTO_DIA needs LIMITE_PRECIOS"),
         ({"LIMITE_PRECIOS": "luna=1"}, "LIMITE_PRECIOS='luna=1' cannot be used"),
-        ({"ZONA_HORARIA": "Marte"}, "ZONA_HORARIA='Marte' cannot be used: it needs Area/City"),
     ],
     ids=str,
 )
