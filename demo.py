@@ -68,6 +68,7 @@ def demo(options: argparse.Namespace) -> int:
         keeper.prepare()  # while the database starts
         url = stack.enter_context(trial_database())
         keeper.db = stack.enter_context(contextlib.closing(Database(url, 2)))
+        stack.callback(keeper.stop)  # before the database goes
         assistant = keeper.start(settings, url)
         say(f"✅ Hilo demo: {twilio.page_url}")
         say(who_answers(assistant, settings))
