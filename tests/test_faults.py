@@ -100,7 +100,11 @@ def clerk(request: Json, items: list[Json]) -> Answer:
 
 
 def complete(replies: list[str], question: str) -> bool:
-    """Tell whether these parts are the clerk's one answer, whole and in order."""
+    """Tell whether these parts are the clerk's one answer, whole and in order, after what its tool sends."""
+    if question == "cupo":
+        first, *replies = replies or [""]
+        if first != "Reviso los lugares…":
+            return False
     text = "\n".join(replies)
     numbers = [int(n) for n in re.findall(r"línea (\d\d)", text)]
     return text.startswith(f"Sobre {question}:") and numbers == list(range(LINES)) and len(replies) == 2

@@ -146,7 +146,7 @@ class Context:
         return typing.cast(list[Turn], self.services.history(self.address, n, self.run_id))
 
     def send(self, part: str | Part) -> None:
-        """Queue one more part, which leaves just before this run's reply."""
+        """Queue one more part, which leaves just before this run's reply; the same part twice in a run leaves once."""
         self.services.send_part(self, part)
 
     def fallback(self, message: Message, reason: str) -> list[Part] | None:

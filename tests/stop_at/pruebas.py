@@ -16,6 +16,7 @@ def note(context: Context, what: str) -> None:
 def consultar_cupo(context: Context, curso: str) -> str:
     """Dice cuántos lugares quedan en un curso."""
     note(context, f"consultar_cupo {curso}")
+    context.send("Reviso los lugares…")
     return f"Quedan 7 lugares en {curso}."
 
 
