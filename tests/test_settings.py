@@ -76,6 +76,7 @@ def test_value_that_can_be_used_is(name: str, given: str, value: Any) -> None:
 
 
 BAD = {
+    "ZONA_HORARIA": ["Marte", "../etc/passwd", "America"],
     "PORT": ["0", "65536", "ocho", "8000.5", "-1"],
     "PUBLIC_URL": ["hilo.example", "https://hilo.example/ruta", "ftp://x", "https://", "https://x?y", "https://a b"],
     "TWILIO_ACCOUNT_SID": ["AC123", "SK" + SID, "AC" + "z" * 32, "AC" + SID + "0"],
