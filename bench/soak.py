@@ -154,8 +154,8 @@ class Havoc:
         place = self.chance.randrange(len(COMMANDS))
         code = self.troop.end(place, signal.SIGKILL if what == "kill" else signal.SIGTERM)
         self.done[f"{COMMANDS[place]} by {'SIGKILL' if what == 'kill' else 'SIGTERM'}"] += 1
-        if what == "term" and code:
-            self.done[f"SIGTERM ended with {code}"] += 1
+        if what == "term" and code:  # -15: it had not yet begun to work
+            self.done[f"exit code {code} after SIGTERM"] += 1
 
 
 # --- The books --------------------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ class Point:
 POINTS = (
     Point("after the webhook's commit, before its 200", "stored"),
     Point("after the claim", "claimed"),
-    Point("after the messages are taken", "taken"),
     Point("after the conversation is created, before it is saved", wire="POST /v1/conversations$"),
     Point("after the conversation is saved", "thread"),
     Point("after the response is created, before its id is saved", "created"),
