@@ -224,9 +224,10 @@ class ThreadsAdapter:
             body["reasoning"] = {"effort": assistant.reasoning_effort}
         if assistant.max_output_tokens:
             body["max_output_tokens"] = assistant.max_output_tokens
+        today = datetime.now(ZoneInfo(self.settings.zona_horaria))
         raw = self.client.responses.with_raw_response.create(
             model=assistant.model,
-            instructions=f"{assistant.instructions}\n\nHoy es {datetime.now(ZoneInfo(self.settings.zona_horaria)):%Y-%m-%d}.",
+            instructions=f"{assistant.instructions}\n\nHoy es {today:%Y-%m-%d}.",
             conversation=run.thread_id,
             background=True,
             store=True,

@@ -27,7 +27,8 @@ SELECT d || id, user_phone, d, 'hola', id, CASE d WHEN 'out' THEN 'sent' END FRO
 """
 WAIT = """
 WITH r AS (INSERT INTO runs (user_phone, state, due_at, deadline, response_id)
-    SELECT user_phone, 'waiting', now() + interval '1 hour', now() + interval '1 hour', 'resp_w' || :n::int || user_phone
+    SELECT user_phone, 'waiting', now() + interval '1 hour', now() + interval '1 hour',
+        'resp_w' || :n::int || user_phone
     FROM users ORDER BY user_phone LIMIT :n::int RETURNING id, response_id)
 INSERT INTO responses (id, run_id) SELECT response_id, id FROM r
 """
