@@ -68,9 +68,9 @@ class Upkeep:
         """Store inbound messages that Twilio has and Hilo lacks, each by the door that webhooks use."""
         if not self.gateway.journey.whatsapp.configured or time.monotonic() < self.next_catch_up:
             return
+        row = self.gateway.db.one("get", key="caught_up_to")  # with the database away, again at the next tick
         began = time.monotonic()
-        self.next_catch_up = began + SETTLED  # where this fails, soon again
-        row = self.gateway.db.one("get", key="caught_up_to")
+        self.next_catch_up = began + SETTLED  # where what follows fails, soon again
         until = datetime.now(UTC) - timedelta(seconds=SETTLED)
         since = datetime.fromisoformat(row["value"]) if row else until
         found = [pair for pair in self.gateway.journey.whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until]
