@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import re
 import select
 import ssl
@@ -112,9 +111,10 @@ class Database:
             self.options["startup_params"] |= {"TimeZone": time_zone}
         self.options["password"] = self.options["password"] or ""  # the driver fails on None where SCRAM is wanted
         self.closed = False
-        self.idle: queue.LifoQueue[pg8000.native.Connection | None] = queue.LifoQueue()
-        for _ in range(connections):
-            self.idle.put(None)
+        self.returned = threading.Condition()
+        self.idle: list[pg8000.native.Connection] = []  # the last to come back goes first
+        self.room = connections  # how many more may be opened
+        self.full_until = 0.0  # monotonic: the server allowed no more just now
         self.for_guests = threading.Semaphore(max(1, connections - 1))
 
     def connect(self) -> pg8000.native.Connection:
@@ -129,27 +129,56 @@ class Database:
         return connection
 
     def take(self) -> pg8000.native.Connection:
-        """Return a live connection: an idle one, or a new one in an empty place. Where the server allows no more, one
-        of our own comes back, or somebody else's goes, within CONNECT_TIMEOUT; raises DatabaseDown."""
+        """Return a live connection, idle or new. Where the server allows no more, one of our own comes back, or
+        somebody else's goes, within CONNECT_TIMEOUT; raises DatabaseDown."""
         end = time.monotonic() + CONNECT_TIMEOUT
         while True:
+            connection = self.idle_or_leave(end)
+            if connection is not None and not hung_up(connection):
+                return connection
+            discard(connection)
             try:
-                connection = self.idle.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
-                raise DatabaseDown("all connections are in use") from None
-            try:
-                if connection is not None and not self.closed and not hung_up(connection):
-                    return connection
-                discard(connection)
-                connection = None  # what follows may raise: the place goes back to the pool empty
-                if self.closed:
-                    raise DatabaseDown("closed")
-                return self.connect()
+                connection = self.connect()
+                self.full_until = 0.0
+                return connection
             except BaseException as error:
-                self.idle.put(connection)
-                if not isinstance(error, DatabaseFull) or time.monotonic() + FULL_PAUSE > end:
+                if full := isinstance(error, DatabaseFull):
+                    self.full_until = time.monotonic() + FULL_PAUSE
+                self.give_back(None)
+                if not full or time.monotonic() + FULL_PAUSE > end:
                     raise
-            time.sleep(FULL_PAUSE)
+
+    def idle_or_leave(self, end: float) -> pg8000.native.Connection | None:
+        """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
+        with self.returned:
+            while not self.closed:
+                now = time.monotonic()
+                if self.idle:
+                    return self.idle.pop()
+                if self.room and now >= self.full_until:
+                    self.room -= 1
+                    if self.full_until:  # one tries, the others wait
+                        self.full_until = now + FULL_PAUSE
+                    return None
+                if now >= end:
+                    raise DatabaseDown("all connections are in use")
+                self.returned.wait(min(end, self.full_until if self.room else end) - now)
+        raise DatabaseDown("closed")
+
+    def give_back(self, connection: pg8000.native.Connection | None) -> None:
+        """Put a connection back, or None for one that is no more."""
+        with self.returned:
+            if connection is not None and not self.closed:
+                self.idle.append(connection)
+            else:
+                discard(connection)
+                self.room += 1
+            self.returned.notify()
+
+    @property
+    def full(self) -> bool:
+        """Whether somebody waits because the server allows no more connections."""
+        return time.monotonic() < self.full_until + 1
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[pg8000.native.Connection]:
@@ -175,10 +204,7 @@ class Database:
             connection = None
             raise
         finally:
-            if self.closed:
-                discard(connection)
-                connection = None
-            self.idle.put(connection)
+            self.give_back(connection)
 
     def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the rows of one statement, which is one transaction; raises DatabaseFault or DatabaseDown."""
@@ -226,14 +252,11 @@ class Database:
 
     def close(self) -> None:
         """Close the connections that are idle, and the others when their users put them back."""
-        self.closed = True
-        taken = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                taken.append(self.idle.get_nowait())
-        for connection in taken:
-            discard(connection)
-            self.idle.put(None)
+        with self.returned:
+            self.closed = True
+            while self.idle:
+                discard(self.idle.pop())
+            self.returned.notify_all()
 
 
 def fault_of(error: BaseException) -> str:

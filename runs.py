@@ -327,16 +327,18 @@ class Workers:
                 while not self.stopping:
                     ready = select.poll()
                     ready.register(connection._usock, select.POLLIN)
-                    if ready.poll(30_000):
+                    if self.db.full:  # this connection does more good in the pool
+                        break
+                    if ready.poll(1_000):
                         connection.run("")
                         connection.notifications.clear()
                         self.alarm.blind = True
                         self.alarm.wake_in(0)
             except Exception as error:
                 log.debug("listen: %s", type(error).__name__)
-                self.ended.wait(1)
             finally:
                 discard(connection)
+            self.ended.wait(1)
 
     def stop(self, until: float) -> None:
         """Take nothing more; return when the steps in hand are done, at `until` (monotonic) at the latest."""

@@ -454,12 +454,30 @@ def test_message_that_meets_a_full_server_waits_for_a_place(
         hilo.start()
         with ThreadPoolExecutor(1) as pool:
             webhook = pool.submit(twilio.receive, ANA, "hola")
-            with pytest.raises(DatabaseDown, match="53300"):
-                hilo.db.connect()
+            wait_for(lambda: hilo.db.full)
             assert not webhook.done()
             other.close()
             assert webhook.result().status == 200
         assert [message.body for message in twilio.wait_for(ANA)] == ["Eco: hola"]
+
+
+def test_connection_that_only_listens_gives_way_to_work(
+    postgres: Server, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    with owned(postgres, limit=1) as url:
+        migrate(url)
+        hilo = Hilo(load_settings(environment(url, twilio, openai_server)))
+        try:
+            listener = threading.Thread(target=hilo.gateway.workers.listen, daemon=True)
+            listener.start()
+            listens = "SELECT FROM pg_stat_activity WHERE query = 'LISTEN hilo' AND usename = :role"
+            wait_for(lambda: sql(postgres.url, listens, role=urlsplit(url).username))
+            hilo.start()
+            assert twilio.receive(ANA, "hola").status == 200
+            assert [message.body for message in twilio.wait_for(ANA)] == ["Eco: hola"]
+        finally:
+            hilo.stop()
+            listener.join(10)
 
 
 def test_slow_statements_of_plugins_leave_the_gateway_a_connection(hilo: Hilo, twilio: Simulator) -> None:
