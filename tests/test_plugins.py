@@ -563,6 +563,20 @@ def test_context_has_all_that_it_promises(
     assert f"run={run} whatsapp:+52…0001 dentro de la herramienta" in caplog.messages
 
 
+def test_context_openai_is_the_sdks_client(stage: Stage) -> None:
+    def incoming_message(context: Context) -> str:
+        return " ".join(model.id for model in context.openai().models.list())
+
+    _, (text,), _ = turn(stage, incoming_message=incoming_message)
+    assert "gpt-transcribe" in text
+
+
+def test_context_openai_without_a_key_is_a_tool_error(start: Callable[..., Hilo]) -> None:
+    journey = start(OPENAI_API_KEY="", WORKER_THREADS="0").gateway.journey
+    with pytest.raises(ToolError, match="OPENAI_API_KEY"):
+        Context(services=journey).openai()
+
+
 def test_context_send_reaches_another_address(direct: Hilo, twilio: Simulator, openai_server: LocalOpenAI) -> None:
     adviser = "whatsapp:+5215599990000"
 
