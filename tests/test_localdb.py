@@ -52,7 +52,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if not (base / "shared" / "postgres").exists():
         localdb.start(base / "shared").stop()
     yield base / "shared"
-    for process in servers(base):
+    for process in servers(base / "shared"):  # not those of other tests, which share the base
         process.kill()
 
 
