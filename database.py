@@ -99,6 +99,20 @@ def tls(mode: str, root: str | None) -> ssl.SSLContext | bool | None:
     return context
 
 
+class Connection(pg8000.native.Connection):
+    """The driver's connection, which closes its socket at once: the driver's own leaves that to the garbage collector
+    where the server has hung up."""
+
+    def close(self) -> None:
+        """Say goodbye and close; raises InterfaceError or OSError where nobody listens any more."""
+        stream = self._sock
+        try:
+            super().close()
+        finally:
+            with contextlib.suppress(OSError, AttributeError):  # nobody listens, or it was closed before
+                stream.close()
+
+
 class Database:
     """A small pool of connections, opened when needed, each with its prepared statements."""
 
@@ -112,15 +126,15 @@ class Database:
         self.options["password"] = self.options["password"] or ""  # the driver fails on None where SCRAM is wanted
         self.closed = False
         self.returned = threading.Condition()
-        self.idle: list[pg8000.native.Connection] = []  # the last to come back goes first
+        self.idle: list[Connection] = []  # the last to come back goes first
         self.room = connections  # how many more may be opened
         self.full_until = 0.0  # monotonic: the server allowed no more just now
         self.for_guests = threading.Semaphore(max(1, connections - 1))
 
-    def connect(self) -> pg8000.native.Connection:
+    def connect(self) -> Connection:
         """Return a new connection; raises DatabaseDown."""
         try:
-            connection = pg8000.native.Connection(timeout=CONNECT_TIMEOUT, **self.options)
+            connection = Connection(timeout=CONNECT_TIMEOUT, **self.options)
             connection._usock.settimeout(30)
         except (pg8000.native.Error, OSError) as error:
             kind = DatabaseFull if fault_of(error) == "SQLSTATE 53300" else DatabaseDown
@@ -128,7 +142,7 @@ class Database:
         connection.statements = {}
         return connection
 
-    def take(self) -> pg8000.native.Connection:
+    def take(self) -> Connection:
         """Return a live connection, idle or new. Where the server allows no more, one of our own comes back, or
         somebody else's goes, within CONNECT_TIMEOUT; raises DatabaseDown."""
         end = time.monotonic() + CONNECT_TIMEOUT
@@ -148,7 +162,7 @@ class Database:
                 if not full or time.monotonic() + FULL_PAUSE > end:
                     raise
 
-    def idle_or_leave(self, end: float) -> pg8000.native.Connection | None:
+    def idle_or_leave(self, end: float) -> Connection | None:
         """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
         with self.returned:
             while not self.closed:
@@ -165,7 +179,7 @@ class Database:
                 self.returned.wait(min(end, self.full_until if self.room else end) - now)
         raise DatabaseDown("closed")
 
-    def give_back(self, connection: pg8000.native.Connection | None) -> None:
+    def give_back(self, connection: Connection | None) -> None:
         """Put a connection back, or None for one that is no more."""
         with self.returned:
             if connection is not None and not self.closed:
@@ -181,9 +195,9 @@ class Database:
         return time.monotonic() < self.full_until + 1
 
     @contextlib.contextmanager
-    def connection(self) -> Iterator[pg8000.native.Connection]:
+    def connection(self) -> Iterator[Connection]:
         """Lend a live connection; one that failed is thrown away, never handed out again."""
-        connection: pg8000.native.Connection | None = self.take()
+        connection: Connection | None = self.take()
         try:
             yield connection
         except (pg8000.native.InterfaceError, OSError) as error:
@@ -271,14 +285,14 @@ def fault_of(error: BaseException) -> str:
     return words or (str(error) if isinstance(error, pg8000.native.InterfaceError) else type(error).__name__)
 
 
-def hung_up(connection: pg8000.native.Connection) -> bool:
+def hung_up(connection: Connection) -> bool:
     """Tell whether an idle connection has something to say unasked: then the server has closed it."""
     poll = select.poll()  # not select(): a busy process has descriptors above 1,024
     poll.register(connection._usock, select.POLLIN)
     return bool(poll.poll(0))
 
 
-def discard(connection: pg8000.native.Connection | None) -> None:
+def discard(connection: Connection | None) -> None:
     """Close a connection that may be broken."""
     with contextlib.suppress(Exception):
         if connection is not None:
@@ -308,7 +322,7 @@ def migrate(url: str) -> bool:
         database.close()
 
 
-def apply(connection: pg8000.native.Connection, text: str) -> None:
+def apply(connection: Connection, text: str) -> None:
     """Run schema.sql, which is one transaction. Where others hold a table it steps back and tries again, lest whoever
     needs that table next waits behind it; raises DatabaseFault."""
     connection.run("SET lock_timeout = '4s'")
@@ -326,7 +340,7 @@ def apply(connection: pg8000.native.Connection, text: str) -> None:
         time.sleep(1)
 
 
-def installed_version(connection: pg8000.native.Connection) -> int:
+def installed_version(connection: Connection) -> int:
     """Return the version of the schema in a database, 0 where there is none."""
     if not connection.run("SELECT to_regclass('hilo')")[0][0]:
         return 0

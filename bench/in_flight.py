@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from bench.stage import ACCOUNT, NUMBER, TOKEN, Process, Sender, Stage, database, get, raise_descriptors
+from bench.stage import ACCOUNT, NUMBER, TOKEN, Process, Sender, Stage, database, get, raise_descriptors, until_ready
 
 BLOCKING = """
 import sys, threading, time, bottle, openai, waitress
@@ -76,7 +76,7 @@ def ours(count: int, ramp: float, steady: float) -> None:
     """Print what the gateway holds with `count` runs waiting, and how soon a reply follows the model."""
     with database() as url:
         think = count / ramp + 20
-        stage = Stage(url, think=think, model="clock", THREADS_RUN_TIMEOUT=str(int(think) + 300))
+        stage = Stage(url, think=[think], model="clock", THREADS_RUN_TIMEOUT=str(int(think) + 300))
         try:
             print(f"gateway at rest: {held(stage.gateway)}", flush=True)
             send(stage.url, 1, count, ramp)
@@ -98,11 +98,11 @@ def ours(count: int, ramp: float, steady: float) -> None:
 def blocking(count: int, ramp: float) -> None:
     """Print the same of one thread a message."""
     with database() as url:
-        stage = Stage(url, webhooks=False, think=count / ramp + 20)
+        stage = Stage(url, webhooks=False, think=[count / ramp + 20])
         port = stage.port + 1
         sample = Process("-c", BLOCKING, str(port), stage.openai_url, stage.twilio_url, ACCOUNT, TOKEN, NUMBER)
         try:
-            time.sleep(3)
+            until_ready(f"http://127.0.0.1:{port}")
             send(f"http://127.0.0.1:{port}", 1, count, ramp)
             print(f"one thread a message, {stage.openai_stats()['in_flight']} in flight: {held(sample)}", flush=True)
             print(f"one thread a message: {answered(stage, count, count / ramp + 60)} of {count} answered", flush=True)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -91,15 +91,25 @@ def get(url: str, body: Any = None) -> Any:
         return json.load(answer)
 
 
-class Stage:
-    """A running set: `openai` and `twilio` answer `/_stats`, `gateway` takes webhooks at `url`."""
+def until_ready(url: str) -> None:
+    """Return when a gateway answers."""
+    while True:
+        with contextlib.suppress(OSError):
+            get(url + "/")
+            return
+        time.sleep(0.02)
 
-    def __init__(self, database_url: str, *, webhooks: bool = True, callbacks: bool = False, think: float = 0.0,
-                 model: str = "echo", start: bool = True, **settings: str):  # fmt: skip
+
+class Stage:
+    """A running set: `openai` and `twilio` answer `/_stats`, `gateway` takes webhooks at `url`. The model thinks for so
+    many seconds, or for any time between two."""
+
+    def __init__(self, database_url: str, *, webhooks: bool = True, callbacks: bool = False,
+                 think: Sequence[float] = (0.0,), model: str = "echo", start: bool = True, **settings: str):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         hook = ["--webhook-url", f"{self.url}/webhooks/openai", "--webhook-secret", WEBHOOK_SECRET] if webhooks else []
-        self.openai = Process("-m", "tests.local_openai", "--think", str(think), "--model", model, *hook)
+        self.openai = Process("-m", "tests.local_openai", "--think", *map(str, think), "--model", model, *hook)
         self.twilio = Process("-m", "tests.local_twilio", *([] if callbacks else ["--no-callbacks"]))
         self.openai_url, self.twilio_url = self.openai.line(), self.twilio.line()
         self.environ = {
@@ -112,19 +122,11 @@ class Stage:
             self.environ["OPENAI_WEBHOOK_SECRET"] = WEBHOOK_SECRET
         if start:
             self.start_gateway()
-            self.wait_until_ready()
+            until_ready(self.url)
 
     def start_gateway(self) -> None:
         """Start the gateway's process."""
         self.gateway = Process("gateway.py", "serve", **self.environ)
-
-    def wait_until_ready(self) -> None:
-        """Return when the gateway answers."""
-        while True:
-            with contextlib.suppress(OSError):
-                get(self.url + "/")
-                return
-            time.sleep(0.02)
 
     def replies(self) -> int:
         """Return how many users have got a reply."""

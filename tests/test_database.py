@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +129,16 @@ def test_connection_killed_in_the_middle_of_a_statement_is_down_and_the_next_one
             hanging.result(10)
     killer.close()
     assert db.rows("SELECT 1 AS n") == [{"n": 1}]
+
+
+def test_connection_that_broke_is_closed_at_once_not_when_it_is_collected(db: Database) -> None:
+    with pytest.raises(DatabaseDown) as kept, db.connection() as connection:
+        descriptor = connection._usock.fileno()
+        connection._usock.shutdown(socket.SHUT_RDWR)  # the server is gone: not even goodbye can be said
+        connection.run("SELECT 1")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    assert kept.tb is not None  # as a log may keep the error, and with it all that its frames refer to
 
 
 def test_value_that_cannot_be_encoded_leaves_the_pool_whole(db: Database) -> None:
