@@ -19,6 +19,8 @@ from settings import ConfigurationError
 
 HERE = Path(__file__).parent
 CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
+PATIENCE = 30.0  # seconds that a connection may be silent for, which a statement_timeout does not bound
+HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a database that did not answer
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
 STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
@@ -116,6 +118,7 @@ class Connection(pg8000.native.Connection):
 class Database:
     """A small pool of connections, opened when needed, each with its prepared statements."""
 
+    HURRY = 6.0  # seconds in all for a statement that somebody outside waits for: Twilio gives up after 15
     # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
     LOST = ("57P01", "57P02", "57P03", "08000", "08003", "08006", "0A000")
 
@@ -129,30 +132,30 @@ class Database:
         self.idle: list[Connection] = []  # the last to come back goes first
         self.room = connections  # how many more may be opened
         self.full_until = 0.0  # monotonic: the server allowed no more just now
+        self.hung_until = 0.0  # monotonic: the server did not answer just now
         self.for_guests = threading.Semaphore(max(1, connections - 1))
 
-    def connect(self) -> Connection:
-        """Return a new connection; raises DatabaseDown."""
+    def connect(self, seconds: float = CONNECT_TIMEOUT) -> Connection:
+        """Return a new connection; raises DatabaseDown where there is none in so many seconds."""
         try:
-            connection = Connection(timeout=CONNECT_TIMEOUT, **self.options)
-            connection._usock.settimeout(30)
+            connection = Connection(timeout=seconds, **self.options)
+            connection._usock.settimeout(PATIENCE)
         except (pg8000.native.Error, OSError) as error:
             kind = DatabaseFull if fault_of(error) == "SQLSTATE 53300" else DatabaseDown
             raise kind(f"cannot connect: {fault_of(error)}") from None
         connection.statements = {}
         return connection
 
-    def take(self) -> Connection:
+    def take(self, end: float) -> Connection:
         """Return a live connection, idle or new. Where the server allows no more, one of our own comes back, or
-        somebody else's goes, within CONNECT_TIMEOUT; raises DatabaseDown."""
-        end = time.monotonic() + CONNECT_TIMEOUT
+        somebody else's goes, before `end` (monotonic); raises DatabaseDown."""
         while True:
             connection = self.idle_or_leave(end)
             if connection is not None and not hung_up(connection):
                 return connection
             discard(connection)
             try:
-                connection = self.connect()
+                connection = self.connect(max(0.1, end - time.monotonic()))
                 self.full_until = 0.0
                 return connection
             except BaseException as error:
@@ -195,13 +198,14 @@ class Database:
         return time.monotonic() < self.full_until + 1
 
     @contextlib.contextmanager
-    def connection(self) -> Iterator[Connection]:
+    def connection(self, end: float | None = None) -> Iterator[Connection]:
         """Lend a live connection; one that failed is thrown away, never handed out again."""
-        connection: Connection | None = self.take()
+        lent = self.take(end or time.monotonic() + CONNECT_TIMEOUT)
+        connection: Connection | None = lent
         try:
-            yield connection
+            yield lent
         except (pg8000.native.InterfaceError, OSError) as error:
-            discard(connection)
+            discard(lent)
             connection = None
             raise DatabaseDown(fault_of(error)) from None
         except pg8000.native.DatabaseError as error:
@@ -220,19 +224,24 @@ class Database:
         finally:
             self.give_back(connection)
 
-    def rows(self, sql: str, params: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return the rows of one statement, which is one transaction; raises DatabaseFault or DatabaseDown."""
+    def rows(
+        self, sql: str, params: Mapping[str, Any] | None = None, end: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the rows of one statement, which is one transaction; raises DatabaseFault or DatabaseDown, also where
+        it has not ended by `end` (monotonic)."""
         for _ in range(DEADLOCKS):
             try:
-                return self.once(sql, params)
+                return self.once(sql, params, end)
             except DatabaseFault as error:  # of two transactions PostgreSQL ends one: nothing of it has happened
                 if error.sqlstate != "40P01":
                     raise
-        return self.once(sql, params)
+        return self.once(sql, params, end)
 
-    def once(self, sql: str, params: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    def once(self, sql: str, params: Mapping[str, Any] | None, end: float | None) -> list[dict[str, Any]]:
         """Return the rows of one statement, tried once."""
-        with self.connection() as connection:
+        with self.connection(end) as connection:
+            if end:
+                connection._usock.settimeout(max(0.1, end - time.monotonic()))
             statement = connection.statements.get(sql)
             if statement is None and len(connection.statements) >= STATEMENTS:
                 connection.statements.pop(next(iter(connection.statements))).close()
@@ -244,6 +253,8 @@ class Database:
                 if "parameter" in str(error):  # not the connection's fault but the caller's
                     raise ValueError(str(error)) from None
                 raise
+            if end:
+                connection._usock.settimeout(PATIENCE)
             names = [column["name"] for column in statement.columns or ()]
             return [dict(zip(names, row, strict=True)) for row in found or ()]
 
@@ -255,6 +266,19 @@ class Database:
             return self.rows(sql, params)
         finally:
             self.for_guests.release()
+
+    def hurried(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
+        """Return the rows of the statement of that name in queries.sql within HURRY seconds, for somebody outside who
+        waits. A database that just failed to answer is not asked: others would wait behind who asks."""
+        if time.monotonic() < self.hung_until:
+            raise DatabaseDown("does not answer")
+        end = time.monotonic() + self.HURRY
+        try:
+            return self.rows(QUERIES[name], params, end)
+        except DatabaseDown:
+            if time.monotonic() >= end:
+                self.hung_until = time.monotonic() + HUNG_PAUSE
+            raise
 
     def all(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of the statement of that name in queries.sql."""

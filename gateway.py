@@ -30,12 +30,12 @@ from zoneinfo import ZoneInfo
 
 import bottle
 import pydantic_core
-import waitress
 from twilio.request_validator import RequestValidator, get_signature_algorithm
 
 from database import Database, DatabaseDown, DatabaseFault, migrate
-from pace import Breaker, Pacer
+from pace import Breaker, Crowded, Pacer
 from runs import Alarm, LeaseLost, Run, Runs, Workers
+from server import BODY_LIMIT, Server
 from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
 from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, clean, parts_of
 from tools._plugins import UNKNOWN_OUTCOME, Events, Plugins, ToolCall, problem
@@ -64,7 +64,6 @@ TOOL_OUTPUT = 40_000  # characters of a tool's output that the model gets
 TRIES = 3  # responses of one run that may come to nothing before the fallback answers
 CRASHES = 3  # claims in a row that found the lease run out before plugins are left aside
 SEED_MESSAGES = 20  # lines of the transcript that a new conversation is told; OpenAI takes no more per create
-BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
 SEND_FOR = 24 * 3600.0  # seconds a reply is tried for; WhatsApp's window is shut afterwards
 DRAIN = 25.0  # seconds that SIGTERM leaves to the steps in hand
 # Told to the model before messages that were written before its last answer reached the user.
@@ -93,17 +92,18 @@ def store_inbound(
     db: Database, form: Mapping[str, str], burst: float, at: datetime | None = None
 ) -> dict[str, Any] | None:
     """Store one message of Twilio's form and make or refresh its user's run; None where its sid is known."""
-    form = {key.replace("\x00", ""): value.replace("\x00", "") for key, value in form.items()}
+    form = clean(form)
     missing = [key for key in ("MessageSid", "From", "To") if not form.get(key)]
     if missing:
         raise BadRequest(400, f"the form lacks {', '.join(missing)}")
     sender, text = form["From"], form.get("Body", "")
-    return db.one(
+    stored = db.hurried(
         "receive",
         sid=form["MessageSid"], sender=sender, own=form["To"], profile=form.get("ProfileName", "")[:200], body=text,
         external=form.get("ExternalUserId") or None, language=idioma_de(text, "") or None,
         raw=json.dumps(form), opt=opt_word(text), burst=burst_of(text, form, burst), at=at and at.isoformat(),
     )  # fmt: skip
+    return stored[0] if stored else None
 
 
 def opt_word(text: str) -> str | None:
@@ -146,7 +146,7 @@ def trouble_of(error: openai.APIError) -> tuple[Trouble, float]:
         if error.code == "insufficient_quota":
             return Trouble.GIVE_UP, 0
         return Trouble.RETRY, retry_after(error.response.headers, 1.0)
-    if error.status_code >= 500:
+    if error.status_code >= 500 or error.status_code == 408:
         return Trouble.ROTATE, retry_after(error.response.headers, 0.5)
     if error.code == "conversation_locked":
         return Trouble.RETRY, 0.5
@@ -257,11 +257,15 @@ class ThreadsAdapter:
         """Cancel a response (idempotent) and return what became of it, None where OpenAI does not say."""
         import openai
 
+        seconds = min(5.0, self.settings.call_timeout)
         try:
-            return self.client.responses.cancel(response_id, timeout=min(5.0, self.settings.call_timeout))
+            return self.client.responses.cancel(response_id, timeout=seconds)
+        except (openai.BadRequestError, openai.ConflictError):  # it has come to its end
+            with contextlib.suppress(openai.APIError):
+                return parsed(self.client.responses.with_raw_response.retrieve(response_id, timeout=seconds))
         except openai.APIError as error:
             log.warning("⚠️ cancel of %s: %s", response_id, type(error).__name__)
-            return None
+        return None
 
     def delete_thread(self, thread_id: str) -> int:
         """Delete a conversation's items, then it; return how many items. What is gone already is no error."""
@@ -396,12 +400,11 @@ class Journey:
             return "timeout"
         if run.tries >= TRIES:
             return "error"
-        return None if self.threads.breaker.allows() else "openai_down"
+        return None if self.threads.breaker.allows(run.id) else "openai_down"
 
     def assistant_for(self, run: Run, message: Message) -> Assistant | None:
         """Return the assistant that a plugin chose, else the one of ASSISTANT_ID; None where there is none."""
-        context = self.context(run)
-        chosen = self.plugins.first("choose_assistant", str, message=message, context=context)
+        chosen = self.hook(run, "choose_assistant", str, message=message)
         if chosen and chosen not in self.assistants:
             run.log.warning("⚠️ choose_assistant named %r, which is not in assistants/", chosen)
             chosen = None
@@ -418,8 +421,7 @@ class Journey:
             elif run.mode == "out":
                 parts = []
             else:
-                arguments = {"message": message_of(row), "context": self.context(run)}
-                parts = self.plugins.first("incoming_message", parts_of, **arguments)
+                parts = self.hook(run, "incoming_message", parts_of, message=message_of(row))
             if parts is not None:
                 row["reply"] = pydantic_core.to_jsonable_python(parts)
                 self.db.one("save_reply", id=row["id"], reply=json.dumps(row["reply"]))
@@ -455,8 +457,7 @@ class Journey:
         """Return what the model reads for a message, from the first plugin that knows its kind."""
         if message.media:
             self.runs.renew(run, 3 * self.settings.call_timeout)
-        context = self.context(run)
-        found = self.plugins.first("message_to_input", model_input, message=message, context=context)
+        found = self.hook(run, "message_to_input", model_input, message=message)
         return plain_input(message) if found is None else found
 
     # asking: the one call whose outcome can stay unknown
@@ -475,7 +476,7 @@ class Journey:
             lease = min(seconds, self.settings.call_timeout)  # lengthened by Workers.keep while this process lives
             self.runs.renew(run, lease, "begin_create", thread=run.thread_id, assistant=assistant.name)
             run.creating = True
-            run.check_lease()
+            run.check_lease(lease)
             response = self.threads.start_run(run, assistant, content, seconds)
         except openai.APIError as error:
             return self.mend(run, error)
@@ -513,14 +514,14 @@ class Journey:
         status = getattr(error, "status_code", None)
         run.log.warning("⚠️ OpenAI: %s %s %s", type(error).__name__, status or "", error.code or "")
         if status is None or status >= 500 or status in (401, 403, 429):
-            self.threads.breaker.failed()
+            self.threads.breaker.failed(run.id)
         if trouble is Trouble.GIVE_UP:
             return self.fall_back(run, "openai_down")
         if run.tries + 1 >= TRIES or run.seconds_left < seconds + 1:
             return self.fall_back(run, "openai_down")
-        if trouble is Trouble.RETRY:
-            if not (error.code == "conversation_locked" and run.tries):
-                return self.runs.put_down(run, seconds * 2**run.tries, tries=1, asked=True)
+        if trouble is Trouble.RETRY and not (error.code == "conversation_locked" and run.tries):
+            run.creating = False
+            return self.runs.put_down(run, seconds * 2**run.tries, tries=1, asked=True)
         self.runs.rotate(run, error.code or type(error).__name__)
         if seconds:
             self.runs.put_down(run, seconds * 2**run.tries, asked=True)
@@ -533,30 +534,31 @@ class Journey:
 
         if run.crashes >= CRASHES:
             return self.fall_back(run, "error")
+        if run.seconds_left <= 0:
+            return self.judge(run, None)
         try:
             self.runs.renew_if_short(run)
-            response = self.threads.poll_run(run)
+            with self.threads.breaker.narrow():
+                response = self.threads.poll_run(run)
         except openai.NotFoundError:
             return self.runs.rotate(run, f"response {run.response_id} is not there")
         except openai.APIError as error:
             run.log.warning("⚠️ poll failed: %s", type(error).__name__)
-            self.threads.breaker.failed()
-            if run.seconds_left <= 0:
-                return self.judge(run, None)
+            self.threads.breaker.failed(run.id)
+            return self.runs.put_down(run, min(1.0, max(0.0, run.seconds_left)))
+        except Crowded:
             return self.runs.put_down(run, min(1.0, run.seconds_left))
         self.judge(run, response)
 
     def judge(self, run: Run, response: Response | None) -> None:
-        """Go on with a response as its status says; None where it cannot be told and the time is up."""
+        """Go on with a response as its status says; None: it was not looked at, for the time is up."""
+        if response is not None and response.status in ("queued", "in_progress") and run.seconds_left > 0:
+            return self.runs.put_down(run, self.poll_delay(time.time() - response.created_at))
         if response is None or response.status in ("queued", "in_progress"):
-            if response is not None and run.seconds_left > 0:
-                return self.runs.put_down(run, self.poll_delay(time.time() - response.created_at))
-            self.runs.renew(run, self.settings.call_timeout)
-            late = self.threads.cancel(run.response_id or "")  # look before giving up: it may have just come
-            if late is None or late.status != "completed":
-                self.threads.breaker.failed()
+            response = self.last_look(run)
+            if response is None or response.status != "completed":
+                self.threads.breaker.failed(run.id)
                 return self.fall_back(run, "timeout")
-            response = late
         usage = response.usage
         tokens = {"i": usage.input_tokens if usage else None, "o": usage.output_tokens if usage else None}
         run.ended = {"resp": response.id, "status": response.status, **tokens}
@@ -570,12 +572,21 @@ class Journey:
             return self.reply(run, text, leave=response.status != "completed")
         self.came_to_nothing(run, response)
 
+    def last_look(self, run: Run) -> Response | None:
+        """Cancel a response whose time is up and return it: it may have just come. None where OpenAI does not say, and
+        is not asked while it fails, lest all who wait wait for each other."""
+        if self.threads.breaker.is_open:
+            self.events.errand(partial(self.threads.cancel, run.response_id or ""))
+            return None
+        self.runs.renew(run, self.settings.call_timeout)
+        return self.threads.cancel(run.response_id or "")
+
     def came_to_nothing(self, run: Run, response: Response) -> None:
         """A response failed, was cancelled or says nothing: once more on a new conversation, or the fallback."""
         code = response.error.code if response.error else response.status
         passing = code in ("server_error", "rate_limit_exceeded")
         if passing:
-            self.threads.breaker.failed()
+            self.threads.breaker.failed(run.id)
         if run.tries + 1 < TRIES and run.seconds_left > 3 and (passing or code in ("completed", "cancelled")):
             self.db.one("note_response", **run.ended)
             self.runs.rotate(run, f"the response ended as {code}")
@@ -602,8 +613,9 @@ class Journey:
         ids = [call.call_id for call in calls]
         longest = max((tools[c.name].timeout for c in calls if c.name in tools), default=0.0)
         facts = {"calls": json.dumps(rows), "ids": ids, **run.ended}
-        begun = self.runs.renew(run, max(0.0, min(longest, run.seconds_left)), "begin_calls", **facts)["known"] or {}
-        run.check_lease()
+        longest = max(0.0, min(longest, run.seconds_left))
+        begun = self.runs.renew(run, longest, "begin_calls", **facts)["known"] or {}
+        run.check_lease(longest)
         self.last_message(run)  # tools may ask for the turn
         jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
         for job in jobs:
@@ -657,8 +669,7 @@ class Journey:
 
     def reply(self, run: Run, text: str, leave: bool) -> None:
         """Write the model's answer as parts."""
-        message = self.last_message(run)
-        parts = self.plugins.first("format_reply", parts_of, text=text, message=message, context=self.context(run))
+        parts = self.hook(run, "format_reply", parts_of, text=text, message=self.last_message(run))
         parts = [Part(text=text)] if parts is None else parts
         self.runs.write(run, [*self.replies(run), *sized(parts)], "answered", leave=leave)
         step("written", run)
@@ -671,8 +682,7 @@ class Journey:
         message = self.last_message(run)
         parts = None
         if run.crashes < CRASHES:
-            arguments = {"message": message, "reason": reason, "context": self.context(run)}
-            parts = self.plugins.first("fallback_reply", parts_of, **arguments)
+            parts = self.hook(run, "fallback_reply", parts_of, message=message, reason=reason)
         if parts is None:
             parts = [Part(text=texto("disculpa", run.language or "es"))]
         run.log.info("⚠️ Flujo tradicional: %s", reason)
@@ -715,7 +725,7 @@ class Journey:
     def send(self, run: Run, part: Mapping[str, Any]) -> bool:
         """Hand one part to Twilio; False where there is no more to send, or the run was put down to try again."""
         step("sending", run)
-        run.check_lease()
+        run.check_lease(self.settings.call_timeout)
         try:
             if part["late"] and not part["content_sid"]:
                 raise Refused(WhatsApp.WINDOW_SHUT, "the user last wrote more than 24 hours ago")
@@ -804,6 +814,11 @@ class Journey:
         self.tell("run_finished", run, outcome=row["outcome"], seconds=row["seconds"])
 
     # what plugins are given
+
+    def hook(self, run: Run, name: str, convert: Callable[[Any], Any], **arguments: Any) -> Any:
+        """Return what the first plugin says that has something to say, asked with a lease that leaves it time."""
+        self.runs.renew_if_short(run)
+        return self.plugins.first(name, convert, context=self.context(run), **arguments)
 
     def context(self, run: Run) -> Context:
         """Return what a hook or a tool may use during this turn."""
@@ -915,7 +930,6 @@ class Gateway:
         self.alarm = Alarm()
         self.workers = Workers(settings, self.db, self.alarm)
         self.journey = Journey(settings, self.db, self.plugins, self.workers.woken)
-        self.chores: list[Callable[[], None]] = []  # of upkeep
         self.upkeep = Upkeep(self)
         self.last_event: datetime | None = None
 
@@ -923,7 +937,7 @@ class Gateway:
         """Start everything but the web server."""
         self.journey.events.thread.start()
         self.workers.start(self.journey)
-        self.upkeep.thread.start()
+        self.upkeep.start()
         if not self.settings.worker_threads:  # workers begin with it
             threading.Thread(target=self.journey.warm, daemon=True).start()
 
@@ -1006,19 +1020,20 @@ class Gateway:
         try:
             form = self.signed_form(bottle.request)
             state = STATES.get(form.get("MessageStatus", ""))
-            row = state and self.db.one(
+            rows = state and self.db.hurried(
                 "part_status", id=number_of(bottle.request.query.get("m"), 18), sid=form.get("MessageSid"), state=state,
                 code=number_of(form.get("ErrorCode"), 9), gone=form.get("MessageStatus") in LEFT_TWILIO,
             )  # fmt: skip
+            for row in rows or ():
+                if row["wake"]:
+                    self.workers.woken(0)
+                if row["changed"] and row["state"] in ("failed", "undelivered"):
+                    self.undelivered(row)
         except BadRequest as refusal:
             log.warning("⚠️ callback refused (%d): %s", refusal.status, refusal)
             return self.plain(refusal.status, str(refusal))
         except (DatabaseDown, DatabaseFault) as error:
             return self.plain(503, str(error))
-        if row and row["wake"]:
-            self.workers.woken(0)
-        if row and row["changed"] and row["state"] in ("failed", "undelivered"):
-            self.undelivered(row)
         return self.plain(200, NO_REPLY, "text/xml")
 
     def undelivered(self, row: Mapping[str, Any]) -> None:
@@ -1045,10 +1060,10 @@ class Gateway:
         response_id = str(data.get("id")) if isinstance(data, dict) else ""
         if event["type"].startswith("response.") and re.fullmatch(r"resp_\w{1,190}", response_id, re.ASCII):
             try:
-                row = self.db.one("wake_by_response", resp=response_id)
+                woken = self.db.hurried("wake_by_response", resp=response_id)
             except (DatabaseDown, DatabaseFault) as error:
                 return self.plain(503, str(error))  # OpenAI sends it again
-            if row and not row["held"]:
+            if woken and not woken[0]["held"]:
                 self.workers.woken(0)
         return self.plain(200, "")
 
@@ -1061,7 +1076,7 @@ class Gateway:
         """Say how each part is: 200 when messages can be taken and answered, 503 when not. No secret in it."""
         problem, runs = None, []
         try:
-            runs = self.db.all("open_runs")
+            runs = self.db.hurried("open_runs")
         except (DatabaseDown, DatabaseFault) as error:
             problem = str(error)
         state = {
@@ -1088,49 +1103,21 @@ class Gateway:
         return {"id": name, "model": assistant and assistant.model, "enabled": enabled, "error": why}
 
 
-class Server:
-    """waitress, with limits that suit webhooks and an end that drops no request in hand."""
-
-    def __init__(self, gateway: Gateway, host: str, port: int):
-        self.server = waitress.create_server(
-            gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500,
-            backlog=2048, asyncore_use_poll=True, channel_timeout=120, max_request_body_size=16 * BODY_LIMIT,
-            clear_untrusted_proxy_headers=True, ident=None,
-        )  # fmt: skip
-        self.port = self.server.effective_port
-        self.ended = False
-        self.thread = threading.Thread(target=self.run, name="web", daemon=True)
-
-    def run(self) -> None:
-        """Answer requests until the end."""
-        while not self.ended:
-            self.server.asyncore.loop(timeout=1, map=self.server._map, use_poll=True, count=1)
-
-    def drain(self, seconds: float = 5.0) -> None:
-        """Stop listening, and return when the requests in hand are answered."""
-        self.server.trigger.pull_trigger(lambda: (self.server.del_channel(), self.server.socket.close()))
-        end, channels = time.monotonic() + seconds, self.server.active_channels
-        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
-            time.sleep(0.02)
-        self.ended = True
-        self.server.pull_trigger()
-        self.thread.join(2.0)
-        self.server.task_dispatcher.shutdown(timeout=1)
-        self.server.asyncore.close_all(self.server._map)
-
-
 # --- Main -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def database_of(settings: Settings, directory: Path = Path(".data")) -> Iterator[str]:
-    """Lend the URL of DATABASE_URL, or of an embedded PostgreSQL that stops with the last process that uses it."""
+def database_of(settings: Settings, chores: list[Callable[[], None]] | None = None) -> Iterator[str]:
+    """Lend the URL of DATABASE_URL, or of an embedded PostgreSQL that stops with the last process that uses it; what
+    keeps that one alive is added to `chores`."""
     if settings.database_url:
         yield settings.database_url.get_secret_value()
         return
     import localdb
 
-    database = localdb.start(directory)
+    database = localdb.start(Path(".data"))
+    if chores is not None:
+        chores.append(database.revive)
     try:
         yield database.url
     finally:
@@ -1154,8 +1141,10 @@ def serve(settings: Settings, web: bool = True) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     check_assistant(settings)
-    with database_of(settings) as url:
+    chores: list[Callable[[], None]] = []
+    with database_of(settings, chores) as url:
         gateway = Gateway(settings, url)
+        gateway.upkeep.chores += chores
         prepare(gateway, url)
         gateway.start()
         server = Server(gateway, "0.0.0.0", settings.port) if web else None
@@ -1179,13 +1168,14 @@ def prepare(gateway: Gateway, url: str) -> None:
             log.info("✅ schema applied")
     except DatabaseDown as error:
         log.error("⚠️ database: %s; trying again", error)
-        gateway.chores.append(partial(retry_migration, gateway, url))
+        gateway.upkeep.chores.append(partial(retry_migration, gateway, url))
 
 
 def retry_migration(gateway: Gateway, url: str) -> None:
     """Apply the schema once the database is back."""
     migrate(url)
-    gateway.chores[:] = [chore for chore in gateway.chores if getattr(chore, "func", None) is not retry_migration]
+    chores = gateway.upkeep.chores
+    chores[:] = [chore for chore in chores if getattr(chore, "func", None) is not retry_migration]
 
 
 if __name__ == "__main__":

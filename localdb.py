@@ -233,6 +233,12 @@ class LocalDatabase:
             if self._link is not None:
                 shutil.rmtree(self._link.parent, ignore_errors=True)
 
+    def revive(self) -> None:
+        """Start the server again where it has ended without being told to. Raises LocalDatabaseError."""
+        if self._users >= 0 and self._postmaster() is None:
+            with _locked(self.directory / "lock"), self._logging() as log:
+                self._run(log)
+
     def _short(self, data: Path) -> Path:
         """The directory, or a link to it where its path is too long for a socket, or libpq would split it."""
         if len(os.fsencode(data / SOCKET)) <= SOCKET_LIMIT and "," not in str(data):

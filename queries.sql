@@ -112,7 +112,7 @@ UPDATE runs r SET wakes = r.wakes + 1, due_at = CASE WHEN r.held OR r.state <> '
 FROM w WHERE r.id = w.run_id AND r.state <> 'done' RETURNING r.id, r.held
 
 -- name: put_down
-UPDATE runs SET held = false, creating = false, tries = tries + :tries::int,
+UPDATE runs SET held = false, creating = :creating::boolean, tries = tries + :tries::int,
     due_at = CASE WHEN wakes <> :seen::int THEN now()
         WHEN state <> 'sending' AND deadline IS NOT NULL
             THEN least(now() + :seconds::float8 * interval '1 s', greatest(deadline, now()))
@@ -202,7 +202,7 @@ n AS (
     LEFT JOIN users u ON u.user_phone = m.user_phone ORDER BY m.id LIMIT 1),
 s AS (
     UPDATE messages m SET state = CASE WHEN may_send(n.user_phone, n.run, n.run_user) THEN 'sending' ELSE 'withheld' END,
-        sending_at = now(), sends = m.sends + 1, updated_at = now()
+        sending_at = now(), sent_to = n.address, sends = m.sends + 1, updated_at = now()
     FROM n WHERE m.id = n.id AND m.state = 'queued' AND coalesce(n.hold_for, 0) <= 0 RETURNING m.*)
 SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, n.own_number, n.late,
     CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
@@ -232,7 +232,7 @@ WHERE run_id = :run AND direction = 'out' AND user_phone = :u AND id >= :part AN
 RETURNING id
 
 -- name: in_doubt
-SELECT m.*, coalesce(u.reply_to, m.user_phone) AS address, extract(epoch FROM now() - m.sending_at)::float8 AS age
+SELECT m.*, coalesce(m.sent_to, u.reply_to, m.user_phone) AS address, extract(epoch FROM now() - m.sending_at)::float8 AS age
 FROM messages m LEFT JOIN users u USING (user_phone)
 WHERE m.run_id = :id AND m.direction = 'out' AND m.state = 'sending' ORDER BY m.id LIMIT 1
 
@@ -251,15 +251,15 @@ m AS (
     RETURNING m.id, m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.state <> o.state AS changed,
         :gone AND NOT o.confirmed OR o.state = 'sending' OR :state IN ('failed', 'undelivered') AS eased),
         -- eased: what the run may have waited for, or has to count
-d AS (
-    UPDATE runs SET outcome = 'undelivered', reason = m.error_code::text FROM m
-    WHERE runs.id = m.run_id AND runs.state = 'done' AND m.state IN ('failed', 'undelivered')),
 w AS (
     UPDATE runs r SET wakes = r.wakes + m.eased::int,
-        due_at = CASE WHEN r.held OR r.state <> 'sending' OR NOT m.eased THEN r.due_at ELSE now() END
-    FROM m WHERE r.id = m.run_id AND r.state <> 'done' RETURNING r.id, r.held AS held, m.eased)
+        due_at = CASE WHEN r.held OR r.state <> 'sending' OR NOT m.eased THEN r.due_at ELSE now() END,
+        outcome = CASE WHEN r.state = 'done' THEN 'undelivered' ELSE r.outcome END, -- it may end at this moment
+        reason = CASE WHEN r.state = 'done' THEN m.error_code::text ELSE r.reason END
+    FROM m WHERE r.id = m.run_id AND (r.state <> 'done' OR m.state IN ('failed', 'undelivered'))
+    RETURNING r.state = 'done' AS done, m.eased AND NOT r.held AS eased)
 SELECT m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.changed,
-    w.id IS NULL AS done, w.id IS NOT NULL AND w.eased AND NOT w.held AS wake
+    coalesce(w.done, true) AS done, w.eased AND NOT w.done AS wake
 FROM m LEFT JOIN w ON true
 
 -- name: template_run

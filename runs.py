@@ -78,9 +78,10 @@ class Run:
         """Seconds that a call which may be repeated can take within the lease and the turn's own time."""
         return min(self.call_timeout, max(0.5, self.lease_until - time.monotonic() - 0.5), max(1.0, self.seconds_left))
 
-    def check_lease(self) -> None:
-        """Raise LeaseLost when the lease ran out by our own clock; called just before a call that has an effect."""
-        if time.monotonic() >= self.lease_until:
+    def check_lease(self, seconds: float) -> None:
+        """Raise LeaseLost when by our own clock the lease does not outlast a call of so many seconds; called just
+        before a call that has an effect."""
+        if time.monotonic() + seconds >= self.lease_until:
             raise LeaseLost
 
 
@@ -139,7 +140,8 @@ class Runs:
     def put_down(self, run: Run, seconds: float, tries: int = 0, asked: bool = False) -> None:
         """Let go of a run until `seconds` from now, or at once where it was woken meanwhile, unless somebody outside
         has `asked` for that time."""
-        row = self.fenced(run, "put_down", seconds=float(seconds), seen=None if asked else run.wakes, tries=tries)
+        seen = None if asked else run.wakes
+        row = self.fenced(run, "put_down", seconds=float(seconds), seen=seen, tries=tries, creating=run.creating)
         run.held = False
         self.wake_in(row["seconds"])
 
@@ -214,6 +216,7 @@ class Workers:
         self.notify = threading.Event()
         self.listening: Any = None
         self.started = self.stopping = False
+        self.trouble = ""  # why no runs can be claimed; "": they can
         self.ended = threading.Event()
 
     def start(self, journey: Journey) -> None:
@@ -259,12 +262,17 @@ class Workers:
         taken: list[Run] = []
         try:
             taken = self.journey.runs.claim(n)
+            if self.trouble:
+                self.trouble = ""
+                log.info("✅ runs can be claimed again")
             if len(taken) < n and self.alarm.blind:
                 self.alarm.blind = False
                 seconds = (self.db.one("next_due") or {})["seconds"]
                 self.alarm.wake_in(Alarm.LONGEST if seconds is None else max(0.0, seconds))
         except Exception as error:  # whatever it is, the only one that looks for due runs goes on
-            log.error("⚠️ no runs can be claimed: %s", error if isinstance(error, FAULTS) else type(error).__name__)
+            why = str(error) if isinstance(error, FAULTS) else type(error).__name__
+            log.log(logging.DEBUG if why == self.trouble else logging.ERROR, "⚠️ no runs can be claimed: %s", why)
+            self.trouble = why
             self.alarm.blind = True
             self.alarm.wake_in(0.5)
             self.ended.wait(0.5)

@@ -51,6 +51,7 @@ CREATE TABLE IF NOT EXISTS users (
     created_at       timestamptz NOT NULL DEFAULT now(),
     last_in_at       timestamptz                 -- the 24-hour window is open from here
 );
+ALTER TABLE users ADD COLUMN IF NOT EXISTS opt_at timestamptz; -- when the latest word to leave or to return was written
 ALTER TABLE users ADD COLUMN IF NOT EXISTS seed_run bigint NOT NULL DEFAULT 0; -- nor what belongs to a run before this one
 CREATE INDEX IF NOT EXISTS users_with_advisor ON users (mode_until) WHERE mode = 'human';
 
@@ -195,6 +196,7 @@ CREATE TABLE IF NOT EXISTS messages (
     confirmed   boolean NOT NULL DEFAULT false, -- a status callback said that it left
     updated_at  timestamptz
 );
+ALTER TABLE messages ADD COLUMN IF NOT EXISTS sent_to text; -- out: the address that it was handed to Twilio for
 CREATE INDEX IF NOT EXISTS messages_waiting ON messages (user_phone, id) WHERE direction = 'in' AND run_id IS NULL;
 CREATE INDEX IF NOT EXISTS messages_of_user ON messages (user_phone, id);
 CREATE INDEX IF NOT EXISTS messages_of_run ON messages (run_id, id);
@@ -314,6 +316,13 @@ BEGIN
         END IF;
     ELSIF p_external IS NOT NULL THEN
         DELETE FROM addresses WHERE address = p_from; -- the number has come to another person, or back
+    END IF;
+    IF p_opt IS NOT NULL THEN
+        IF p_at < (SELECT opt_at FROM users WHERE user_phone = who) THEN
+            p_opt := NULL; -- it was missed, and the user has said otherwise since
+        ELSE
+            UPDATE users SET opt_at = p_at WHERE user_phone = who;
+        END IF;
     END IF;
     IF p_opt = 'in' AND was <> 'out' THEN
         p_opt := NULL; -- the word to return means something else to a user who never left

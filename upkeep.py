@@ -23,6 +23,7 @@ SETTLED = 60.0  # seconds: a message younger than this may still come by webhook
 OVERLAP = timedelta(seconds=30)  # looked at again, for messages that Twilio lists late
 EVERY = 300.0  # seconds between catch-ups; SETTLED after an outage of the database
 TICK = 5.0  # seconds
+UNSTORABLE = ("22", "23")  # classes of SQLSTATE: the message itself is what the database refuses
 PRUNE_EVERY = 24 * 3600.0  # seconds, by one of all processes
 PRUNE_BATCH = 1000  # rows looked at in one transaction
 
@@ -30,19 +31,28 @@ log = logging.getLogger("hilo")
 
 
 class Upkeep:
-    """One thread a process; `tick` does what is due."""
+    """Two threads a process do what is due: deletions at OpenAI may take long, and nobody's message waits for them."""
 
     def __init__(self, gateway: Gateway):
         self.gateway = gateway
         self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.work, name="upkeep", daemon=True)
+        self.chores: list[Callable[[], None]] = [self.catch_up, self.hand_back, self.prune]
+        self.threads = [
+            threading.Thread(target=self.work, args=(jobs,), name="upkeep", daemon=True)
+            for jobs in (self.chores, [self.delete_discarded])
+        ]
         self.next_catch_up = self.next_prune = time.monotonic()
         self.last_outage = time.monotonic()  # what came while no process was there is missing too
 
-    def work(self) -> None:
+    def start(self) -> None:
+        """Begin."""
+        for thread in self.threads:
+            thread.start()
+
+    def work(self, jobs: list[Callable[[], None]]) -> None:
         """Tick until stopped; a failure is logged and tried again."""
         while not self.stopping.is_set():
-            for job in (self.catch_up, self.delete_discarded, self.hand_back, self.prune, *self.gateway.chores):
+            for job in list(jobs):
                 self.attempt(job)
             self.stopping.wait(TICK)
 
@@ -73,9 +83,18 @@ class Upkeep:
         self.next_catch_up = began + SETTLED  # where what follows fails, soon again
         until = datetime.now(UTC) - timedelta(seconds=SETTLED)
         since = datetime.fromisoformat(row["value"]) if row else until
-        found = [pair for pair in self.gateway.journey.whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until]
+        whatsapp, known = self.gateway.journey.whatsapp, self.gateway.journey.known_sids
+        found = [pair for pair in whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until]
         found.reverse()  # oldest first; Twilio's times are whole seconds, within which its own order stands
-        stored = sum(self.store(form, at) for form, at in sorted(found, key=lambda pair: pair[1]))
+        there = known([form["MessageSid"] for form, _ in found])
+        missing = sorted((pair for pair in found if pair[0]["MessageSid"] not in there), key=lambda pair: pair[1])
+        stored = 0
+        for form, at in missing:
+            try:
+                stored += self.store(form | whatsapp.media_of(form), at)
+            except DatabaseFault as error:  # of the database, not of the message: this far again next time
+                log.error("⚠️ message %s cannot be stored yet: %s", form["MessageSid"], error)
+                until = min(until, at)
         self.gateway.db.one("put", key="caught_up_to", value=until.isoformat())
         if stored:
             log.warning("⚠️ %d messages had not come by webhook: fetched from Twilio's list", stored)
@@ -83,12 +102,14 @@ class Upkeep:
         self.next_catch_up = settled if settled > began else began + EVERY
 
     def store(self, form: dict[str, str], at: datetime) -> bool:
-        """Store one message that was missed; False where it was known. One that cannot be stored is left."""
+        """Store one message that was missed; False where it was known, or is such that no database would take it."""
         try:
             return self.gateway.receive(form, at)
         except DatabaseDown:
             raise
         except Exception as error:
+            if isinstance(error, DatabaseFault) and error.sqlstate[:2] not in UNSTORABLE:
+                raise
             log.error("⚠️ message %s cannot be stored: %s", form["MessageSid"], type(error).__name__)
             return False
 
@@ -135,7 +156,9 @@ class Upkeep:
         return gone
 
     def stop(self, seconds: float) -> None:
-        """Wait so long for the job in hand, of a thread that was started."""
+        """Wait so long for the jobs in hand, of threads that were started."""
         self.stopping.set()
-        with contextlib.suppress(RuntimeError):
-            self.thread.join(seconds)
+        end = time.monotonic() + seconds
+        for thread in self.threads:
+            with contextlib.suppress(RuntimeError):
+                thread.join(max(0.0, end - time.monotonic()))

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from settings import Settings
 from tools import Media, Message, ToolError
 
+log = logging.getLogger("hilo")
+
 LONGEST_WAIT = 3600.0  # seconds, whatever a Retry-After asks for
 # What the model reads for a message that has no text and that no plugin reads.
 PLACEHOLDERS = {
@@ -203,7 +205,7 @@ class WhatsApp:
         return next((m.sid for m in reversed(same) if m.sid not in taken), None)
 
     def inbound_since(self, since: datetime) -> Iterator[tuple[dict[str, str], datetime]]:
-        """Yield what Twilio received from WhatsApp users since a moment, newest first, as webhook forms."""
+        """Yield what Twilio received from WhatsApp users since a moment, newest first, as forms without files."""
         listed = self.client.messages.stream(date_sent_after=since - timedelta(days=1), page_size=200)
         for m in listed:
             created = m.date_created or m.date_sent
@@ -212,15 +214,23 @@ class WhatsApp:
             if m.direction == "inbound" and str(m.from_).startswith("whatsapp:") and created and created >= since:
                 form = {"MessageSid": m.sid, "AccountSid": m.account_sid, "From": m.from_, "To": m.to,
                         "Body": m.body or "", "NumMedia": str(m.num_media or 0)}  # fmt: skip
-                yield form | (self.media_of(m.sid) if form["NumMedia"] != "0" else {}), created
+                yield form, created
 
-    def media_of(self, sid: str) -> dict[str, str]:
-        """Return the form fields of a message's files."""
+    def media_of(self, form: Mapping[str, str]) -> dict[str, str]:
+        """Return the form fields of a message's files; none where they cannot be had: then it is of no known kind."""
+        import requests
+        from twilio.base.exceptions import TwilioException
+
+        if form["NumMedia"] == "0":
+            return {}
         fields: dict[str, str] = {}
         host = self.settings.twilio_api_url or "https://api.twilio.com"
-        for n, media in enumerate(self.client.messages(sid).media.list(limit=10)):
-            fields[f"MediaUrl{n}"] = host.rstrip("/") + media.uri.removesuffix(".json")
-            fields[f"MediaContentType{n}"] = media.content_type
+        try:
+            for n, media in enumerate(self.client.messages(form["MessageSid"]).media.list(limit=10)):
+                fields[f"MediaUrl{n}"] = host.rstrip("/") + media.uri.removesuffix(".json")
+                fields[f"MediaContentType{n}"] = media.content_type
+        except (requests.RequestException, TwilioException, NotSent) as error:
+            log.warning("⚠️ Twilio's list of the files of %s failed: %s", form["MessageSid"], type(error).__name__)
         return fields
 
     def download(self, media: Media, limit: int, seconds: float) -> bytes:

@@ -88,6 +88,11 @@ class Postgres:
         command = [sys.executable, "-c", script, str(self.directory)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the server's processes, the one that starts the others first."""
+        first = psutil.Process(int((self.directory / "postgres/postmaster.pid").read_text().split()[0]))
+        return [first, *first.children(recursive=True)]
+
     def stop(self, number: signal.Signals) -> None:
         """SIGINT stops it in good order, SIGQUIT at once, SIGKILL dead."""
-        os.kill(int((self.directory / "postgres/postmaster.pid").read_text().split()[0]), number)
+        self.processes()[0].send_signal(number)

@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,25 @@ from typing import Any
 
 import pytest
 
-from database import Database
+from database import Database, migrate
 from pace import Breaker
+from runs import LeaseLost, Run
+from settings import load_settings
 from simulator import Delivery, Simulator
 from tests.conftest import ANA, Hilo, Server, environment, wait_for
-from tests.local_openai import Answer, Json, LocalOpenAI, calls, echo, fails, never, says, script, unanswered_texts
+from tests.local_openai import (
+    Answer,
+    Fault,
+    Json,
+    LocalOpenAI,
+    calls,
+    echo,
+    fails,
+    never,
+    says,
+    script,
+    unanswered_texts,
+)
 from tests.process import Postgres, Process
 from tools import Event
 from upkeep import SETTLED, TICK
@@ -33,6 +48,7 @@ from upkeep import SETTLED, TICK
 # A dead worker's run is taken over after 3 s at most; a busy machine may take long to start a process.
 FAST = {"LEASE_SECONDS": "2", "THREADS_RUN_TIMEOUT": "120"}
 UNLIMITED = {"LIMITE_MINUTO": "0", "LIMITE_DIA": "0"}
+LUIS = "whatsapp:+5215511110002"
 LINES = 90  # of the model's answer: too long for one part
 
 
@@ -330,6 +346,31 @@ def test_list_that_fails_is_asked_again(clerks: Hilo, twilio: Simulator) -> None
     assert (bodies(twilio), sends(clerks)) == (["De nada."], [1])
 
 
+def test_person_who_writes_from_another_address_meanwhile_the_part_is_looked_up_where_it_went(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.model = script([says("primera"), says("segunda")], shared=True)
+    hilo = start()
+    same = {"ExternalUserId": "MX.ana123"}
+    twilio.fault("callback", "lost", times=None)
+    twilio.fault("send", "cut")
+    twilio.receive(ANA, "hola", fields=same)
+    put_down(hilo)
+    twilio.receive("whatsapp:MX.ana123", "sigo aquí", fields=same)
+    hilo.age(60)
+    hilo.done(2)
+    assert (bodies(twilio), bodies(twilio, "whatsapp:MX.ana123")) == (["primera"], ["segunda"])
+
+
+def test_stall_that_leaves_the_lease_less_than_the_call_may_take_begins_no_call() -> None:
+    now = time.monotonic()
+    run = Run(1, ANA, "sending", 1, 0, 0, None, None, None, False, 0, 0, "", None, "bot", None, None, now + 2.1, 2.0)
+    run.check_lease(2.0)
+    run.lease_until = now + 1.9
+    with pytest.raises(LeaseLost):
+        run.check_lease(2.0)
+
+
 def test_same_text_sent_before_is_not_taken_for_the_part_in_doubt(clerks: Hilo, twilio: Simulator) -> None:
     twilio.receive(ANA, "gracias")
     clerks.done(1)
@@ -399,15 +440,65 @@ def test_messages_lost_while_the_gateway_was_down_are_answered_once_and_in_order
     assert bodies(twilio) == ["Eco: uno\ndos\ntres", "Eco: cuatro"]
 
 
-def test_message_that_cannot_be_stored_keeps_no_other_back(
+def catch_up(hilo: Hilo) -> None:
+    """Look at Twilio's list now, as from an hour ago."""
+    hilo.gateway.upkeep.next_catch_up = 0.0
+    hilo.gateway.upkeep.catch_up()
+
+
+def refuse_messages(hilo: Hilo, sqlstate: str) -> None:
+    """Let PostgreSQL refuse every message of somebody else's than Ana's."""
+    hilo.rows(f"""CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN
+        IF NEW.user_phone <> '{ANA}' THEN RAISE EXCEPTION 'no' USING ERRCODE = '{sqlstate}'; END IF; RETURN NEW;
+        END$$""")
+    hilo.rows("CREATE OR REPLACE TRIGGER refuse BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+
+def test_message_that_the_database_refuses_for_now_is_fetched_again_and_one_it_never_takes_is_left(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator
+) -> None:
+    hilo = start(WORKER_THREADS="0")
+    wait_for(lambda: hilo.gateway.upkeep.next_catch_up > time.monotonic() + 62)  # the one at the start is over
+    written = datetime.now(UTC) - timedelta(minutes=3)
+    for user, text in ((LUIS, "disco lleno"), (ANA, "medio \ud83d carácter")):  # of which no database takes a half
+        twilio.receive(user, text, lost=True, at=written)
+    for sqlstate, stored in (("53100", [ANA]), ("22023", [ANA])):
+        refuse_messages(hilo, sqlstate)
+        an_hour_ago(database_url)
+        catch_up(hilo)
+        assert [row["user_phone"] for row in hilo.rows("SELECT user_phone FROM messages")] == stored
+        [row] = hilo.rows("SELECT value FROM hilo WHERE key = 'caught_up_to'")
+        assert (datetime.fromisoformat(row["value"]) > written) == (sqlstate == "22023")
+    hilo.rows("DROP TRIGGER refuse ON messages")
+    an_hour_ago(database_url)
+    catch_up(hilo)
+    assert [row["body"] for row in hilo.rows("SELECT body FROM messages")] == ["medio  carácter", "disco lleno"]
+
+
+def test_list_of_files_that_fails_keeps_no_message_back(
     start: Callable[..., Hilo], database_url: str, twilio: Simulator
 ) -> None:
     an_hour_ago(database_url)
     written = datetime.now(UTC) - timedelta(minutes=3)
-    twilio.receive(ANA, "medio \ud83d", lost=True, at=written)  # half a character, which no database takes
-    twilio.receive(ANA, "entero", lost=True, at=written)
-    start().done()
-    assert bodies(twilio) == ["Eco: entero"]
+    twilio.fault("media", "error", times=None, status=404, code=20404)
+    twilio.receive(LUIS, "una foto", media=[(b"x", "image/jpeg")], lost=True, at=written)
+    twilio.receive(ANA, "hola", lost=True, at=written)
+    start().done(2)
+    assert len(bodies(twilio, LUIS)) == 1 and bodies(twilio) == ["Eco: hola"]
+
+
+def test_word_to_leave_that_was_missed_is_no_news_where_the_user_has_returned_since(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator
+) -> None:
+    hilo = start()
+    ago = [datetime.now(UTC) - timedelta(minutes=n) for n in (5, 4)]
+    twilio.receive(ANA, "BAJA", lost=True, at=ago[0])
+    twilio.receive(ANA, "ALTA", at=ago[1])
+    hilo.done(1)
+    an_hour_ago(database_url)
+    catch_up(hilo)
+    hilo.done(2)
+    assert hilo.rows("SELECT mode FROM users") == [{"mode": "bot"}]
 
 
 def test_start_and_outage_are_followed_by_a_catch_up_once_messages_have_settled(hilo: Hilo) -> None:
@@ -472,6 +563,34 @@ def test_postgresql_restarts_in_mid_traffic_and_nothing_is_lost_or_doubled(tmp_p
         for user in users:
             said = [word for body in bodies(twilio, user) for word in body.removeprefix("Eco: ").split("\n")]
             assert Counter(said) == Counter(sent[user])
+
+
+def test_database_that_hangs_users_are_told_before_twilio_gives_up(tmp_path: Path) -> None:
+    """PostgreSQL stands still, as behind a network that is cut: connections neither answer nor break."""
+    with contextlib.ExitStack() as stack:
+        twilio, openai_server = stack.enter_context(Simulator()), stack.enter_context(LocalOpenAI())
+        postgres = Postgres(tmp_path / "db")
+        stack.callback(postgres.stop, signal.SIGQUIT)
+        env = environment(postgres.url, twilio, openai_server, WORKER_THREADS="0", WEB_THREADS="2")
+        hilo = Hilo(load_settings(env))
+        migrate(postgres.url)
+        hilo.start()
+        stack.callback(hilo.stop)
+        hilo.db.HURRY = 1.0
+        assert "<Message>" not in twilio.receive(ANA, "hola").body
+        server = postgres.processes()
+        for process in server:
+            process.suspend()
+        began = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda n: twilio.receive(f"whatsapp:+5215533400{n:03}", "hola"), range(8)))
+        took = time.monotonic() - began
+        for process in server:
+            process.resume()
+        assert ["<Message>" in answer.body for answer in answers] == [True] * 8
+        assert took < 3  # those who came later waited for nobody: eight of a second, two at a time, would be four
+        hilo.db.hung_until = 0.0
+        assert "<Message>" not in twilio.receive(ANA, "¿hola?").body
 
 
 # --- A worker that was paused -----------------------------------------------------------------------------
@@ -582,19 +701,41 @@ def test_three_processes_keep_each_users_order_share_the_work_and_end_well_under
 
 def test_breaker_opens_after_failures_in_a_row_and_lets_one_probe_through_at_a_time() -> None:
     breaker = Breaker(limit=3, pause=0.1)
-    breaker.failed()
-    breaker.failed()
+    breaker.failed(1)
+    breaker.failed(2)
     breaker.succeeded()
-    for _ in range(3):
-        assert breaker.allows()
-        breaker.failed()
-    assert not breaker.allows()
-    wait_for(breaker.allows, 1)
-    assert not breaker.allows()  # the probe is on its way
-    breaker.failed()
-    wait_for(breaker.allows, 1)
+    for run in range(3):
+        assert breaker.allows(run)
+        breaker.failed(run)
+    assert not breaker.allows(4)
+    wait_for(lambda: breaker.allows(5), 1)
+    assert breaker.allows(5)  # again, after a rotation
+    breaker.next_probe = time.monotonic()  # the pause is over, but the probe is on its way
+    breaker.failed(6)  # a turn of before
+    assert not breaker.allows(7)
+    breaker.failed(5)
+    wait_for(lambda: breaker.allows(8), 1)
     breaker.succeeded()
-    assert breaker.allows() and breaker.allows()
+    assert breaker.allows(9) and breaker.allows(10)
+
+
+def test_openai_hangs_turns_in_flight_are_answered_at_their_deadline_and_wait_for_no_other(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    openai_server.model = lambda request, items: never()
+    hilo = start(THREADS_RUN_TIMEOUT="2", WORKER_THREADS="3", LEASE_SECONDS="2")
+    users = [f"whatsapp:+52155222300{n:02}" for n in range(12)]
+    for user in users:
+        twilio.receive(user, "hola")
+    wait_for(lambda: len(openai_server.responses) == len(users))
+    for method in ("GET", "POST"):
+        openai_server.faults.append(Fault(f"{method} /v1/responses", hang=20, repeat=None))
+    for _ in range(hilo.gateway.journey.threads.breaker.limit):
+        hilo.gateway.journey.threads.breaker.failed(0)
+    runs = hilo.done(len(users))
+    assert {(run["outcome"], run["reason"]) for run in runs} == {("fallback", "timeout")}
+    late = "SELECT max(extract(epoch FROM written_at - deadline))::float8 AS seconds FROM runs"
+    assert hilo.rows(late)[0]["seconds"] < 4  # two looks of two seconds each may be under way
 
 
 def test_model_that_fails_in_every_response_opens_the_breaker_though_creates_go_well(

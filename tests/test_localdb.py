@@ -315,6 +315,18 @@ def test_server_killed_under_its_owner_is_started_again_beside_it(directory: Pat
     assert servers(directory) == []
 
 
+def test_server_killed_is_revived_once_and_a_live_one_left_alone(directory: Path) -> None:
+    with localdb.start(directory) as database:
+        before = the_server(directory).pid
+        database.revive()
+        assert the_server(directory).pid == before
+        killed(the_server(directory))
+        database.revive()
+        assert answers(database)
+    database.revive()  # given back: nobody's business any more
+    assert servers(directory) == []
+
+
 def test_postmaster_killed_alone_is_replaced_once_its_processes_have_gone(directory: Path) -> None:
     """PostgreSQL refuses to start beside the orphans of a killed server: the start waits for them."""
     database = localdb.start(directory)

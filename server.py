@@ -1,0 +1,45 @@
+"""The web server: waitress, with limits that suit webhooks and an end that drops no request in hand."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import waitress
+
+if TYPE_CHECKING:
+    from gateway import Gateway
+
+BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
+
+
+class Server:
+    """A gateway's web application, answered in threads of its own."""
+
+    def __init__(self, gateway: Gateway, host: str, port: int):
+        self.server = waitress.create_server(
+            gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500,
+            backlog=2048, asyncore_use_poll=True, channel_timeout=120, max_request_body_size=16 * BODY_LIMIT,
+            clear_untrusted_proxy_headers=True, ident=None,
+        )  # fmt: skip
+        self.port = self.server.effective_port
+        self.ended = False
+        self.thread = threading.Thread(target=self.run, name="web", daemon=True)
+
+    def run(self) -> None:
+        """Answer requests until the end."""
+        while not self.ended:
+            self.server.asyncore.loop(timeout=1, map=self.server._map, use_poll=True, count=1)
+
+    def drain(self, seconds: float = 5.0) -> None:
+        """Stop listening, and return when the requests in hand are answered."""
+        self.server.trigger.pull_trigger(lambda: (self.server.del_channel(), self.server.socket.close()))
+        end, channels = time.monotonic() + seconds, self.server.active_channels
+        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
+            time.sleep(0.02)
+        self.ended = True
+        self.server.pull_trigger()
+        self.thread.join(2.0)
+        self.server.task_dispatcher.shutdown(timeout=1)
+        self.server.asyncore.close_all(self.server._map)
