@@ -51,6 +51,8 @@ def wait_for(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
 class Server:
     """A PostgreSQL server on which each test gets a database of its own, copied from a migrated one."""
 
+    how = ""  # a database is copied
+
     def __init__(self, url: str):
         self.url = url
         self.template = self.new_name()
@@ -75,8 +77,15 @@ class Server:
 
     def create(self, template: str | None = None) -> str:
         name = self.new_name()
-        self.run(f"CREATE DATABASE {name} TEMPLATE {template or self.template}")
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template or self.template} {self.how}")
         return name
+
+    def hasten(self) -> None:
+        """Wait for no disk: this server need not outlive the machine. Those that tests kill do."""
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            self.run(f"ALTER SYSTEM SET {setting} = off")
+        self.run("SELECT pg_reload_conf()")
+        self.how = "STRATEGY FILE_COPY"
 
     def drop(self, name: str) -> None:
         self.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
@@ -91,7 +100,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         server.drop(server.template)
         return
     database = localdb.start(tmp_path_factory.mktemp("postgres"))
-    yield Server(database.url)
+    server = Server(database.url)
+    server.hasten()
+    yield server
     database.stop()
 
 
