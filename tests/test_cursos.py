@@ -133,14 +133,14 @@ def test_whatsapp_questions_find_their_course_among_the_first_three(sample: Cata
     three = sum(bool(right & set(codes[:3])) for _, codes, right in found)
     print(f"\ncourse questions: {first}/{len(asked)} right at once, {three}/{len(asked)} among the first three")
     missed = [(question, codes[:3]) for question, codes, right in found if not right & set(codes[:3])]
-    assert len(asked) >= 170 and three >= 0.97 * len(asked) and first >= 0.93 * len(asked), missed
+    assert len(asked) >= 240 and three >= 0.97 * len(asked) and first >= 0.93 * len(asked), missed
 
 
 def test_questions_about_other_things_find_nothing(sample: Catalogue) -> None:
     asked = [question for question, _ in questions(answered=False)]
     wrong = [(question, sample.find(question)) for question in asked if sample.find(question)]
     print(f"\nother questions: {len(asked) - len(wrong)}/{len(asked)} find nothing")
-    assert len(asked) >= 30 and len(wrong) <= 0.15 * len(asked), wrong
+    assert len(asked) >= 38 and len(wrong) <= 0.15 * len(asked), wrong
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,8 @@ def test_misspelt_or_reordered_words_find_the_course_first(sample: Catalogue, te
     [
         ("python para principiantes", "basico"), ("python desde cero", "basico"), ("python basiko", "basico"),
         ("python sin experiencia", "basico"), ("no sé nada de python", "basico"),
-        ("python, ya sé lo básico", "intermedio"),
+        ("python, ya sé lo básico", "intermedio"), ("sé lo básico de python, quiero algo más abanzado", "avanzado"),
+        ("no sé ni lo básico de python", "basico"),
         ("python nivel medio", "intermedio"), ("python intermedia", "intermedio"), ("python para expertos", "avanzado"),
         ("python nivel experto", "avanzado"), ("python abansado", "avanzado"), ("python for beginners", "basico"),
     ],
@@ -175,8 +176,29 @@ def test_words_like_a_level_are_not_taken_for_one(text: str) -> None:
     assert entender(text).niveles == ()
 
 
-def test_a_level_in_words_that_does_not_exist_shows_the_others(sample: Catalogue) -> None:
-    assert sample.find("barbería avanzada") == ["BRB-101"]
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [("barbería avanzada", "BRB-101"), ("marketing digital intermedio", "MKT-101"), ("power point avanzado", "PPT-101"),
+     ("ventas avanzado", "VEN-101"), ("decoración de pasteles básico", "REP-201")],
+)  # fmt: skip
+def test_a_level_in_words_that_the_subject_does_not_have_shows_its_others(
+    sample: Catalogue, text: str, first: str
+) -> None:
+    assert sample.find(text)[0] == first
+
+
+def test_every_subject_found_without_a_level_is_found_with_any(sample: Catalogue) -> None:
+    for course in leer(SAMPLE):
+        subject = " ".join(entender(course["nombre"]).palabras)
+        right = set(sample.find(subject, limite=9))
+        for level in ("basico", "intermedio", "avanzado"):
+            assert right & set(sample.find(f"curso de {subject} {level}")), (subject, level)
+
+
+def test_an_area_finds_its_courses_after_those_that_name_it(sample: Catalogue) -> None:
+    assert sample.find("repostería", limite=3) == ["REP-101", "REP-301", "REP-201"]
+    assert {row["area"] for row in buscar(sample.query, "oficios")} == {"Oficios"}
+    assert {row["area"] for row in buscar(sample.query, "ofisioz")} == {"Oficios"}
 
 
 def test_a_level_asked_for_by_parameter_is_a_condition(sample: Catalogue) -> None:

@@ -43,6 +43,8 @@ VACIAS = frozenset(
     dura duran requisitos temario ano anos mes meses cupo lugar lugares queja quejas reclamo ubicacion direccion
     sucursal sucursales abren cierran telefono asesor llamar link liga
 
+    corto corta cortos cortas breve
+
     mama papa hijo hija hijos tio tia esposo esposa hermano hermana novio sobrino sobrina
 
     the of for and course courses class classes i my want would like to learn do you have any how much is what
@@ -57,6 +59,7 @@ DE_APOYO = frozenset(
     zoom vivo semana semanas fin fines sabado sabados domingo domingos lunes martes miercoles jueves viernes
     manana mananas vespertino nocturno matutino maestro maestra profe profesor profesora docente hablar casa
     trabajar trabajando trabajo bien bonito bonita bonitos bonitas mejor rapido facil pronto hoy
+    artesanal artesanales
     """.split()
 )
 
@@ -70,14 +73,18 @@ MODALIDADES = {
 _MODALIDAD = {palabra: nombre for nombre, palabras in MODALIDADES.items() for palabra in palabras.split()}
 
 _NIVEL_DICHO = (
-    ("intermedio", r"ya (?:se|manejo|domino|conozco|tengo) (?:un poco )?(?:de )?(?:lo )?basico|intermedi[oa]s?"
-                   r"|nivel (?:2|dos|medio)|intermediate"),
+    ("intermedio", r"intermedi[oa]s?|nivel (?:2|dos|medio)|intermediate"),
     ("basico", r"(?:desde|de|a partir de) (?:0|cero)|basic[oa]s?|principiantes?|novat[oa]s?|iniciantes?|beginners?"
                r"|nivel (?:1|uno|inicial)|no (?:se|sabe|saben|sabemos) nada(?: de)?|sin (?:ninguna )?experiencia"
                r"|sin (?:ningun )?conocimientos?(?: previos?)?|nunca he|apenas (?:empiezo|estoy empezando)|empezando"),
     ("avanzado", r"avan[zc]ad[oa]s?|expert[oa]s?|nivel (?:3|tres|alto)|advanced"),
 )  # fmt: skip
 _NIVELES_DICHOS = tuple((nivel, re.compile(rf"\b(?:{patron})\b")) for nivel, patron in _NIVEL_DICHO)
+# Quien ya sabe lo básico pide lo que sigue, si no dice otra cosa.
+_YA_SABE = re.compile(
+    r"(?<!no )(?<!ni )\b(?:(?:ya )?se|ya (?:manejo|domino|conozco|tengo|vi|hice|lleve|tome)) "
+    r"(?:un poco )?(?:de )?(?:(?:el|lo) )?(?:nivel )?basico\b"
+)
 _OIDO = str.maketrans("vzk", "bsc")
 _PALABRAS_DE_NIVEL = {
     palabra.translate(_OIDO): nivel
@@ -114,7 +121,8 @@ def plano(texto: str) -> str:
 
 def entender(texto: str, limite: int = 20) -> Pregunta:
     """Devuelve qué se busca en un mensaje; de uno muy largo, en sus primeras `limite` palabras con sentido."""
-    resto, niveles = plano(texto[:1000]), []
+    resto, ya_sabe = _YA_SABE.subn(" ", plano(texto[:1000]))
+    niveles = []
     for nivel, patron in _NIVELES_DICHOS:
         resto, veces = patron.subn(" ", resto)
         niveles += [nivel] * bool(veces)
@@ -131,6 +139,8 @@ def entender(texto: str, limite: int = 20) -> Pregunta:
             niveles.append(nivel_dicho)
         else:
             palabras.append(palabra)
+    if ya_sabe and not niveles:
+        niveles = ["intermedio"]
     if not palabras:
         palabras, modalidades = modalidades, []
     return Pregunta(tuple(palabras[:limite]), tuple((modalidades + de_apoyo)[:limite]), tuple(dict.fromkeys(niveles)))

@@ -409,7 +409,7 @@ RETURN regexp_replace(regexp_replace(sonido,
     '|(ad)?eri?[ao]s?|ias?|[aei]r([mts]e|l[ao]s?)?)\M', '\1', 'g'),
     '([a-z]{3})([aeo]s|[aeos])\M', '\1', 'g');
 
--- Lo que se busca de un curso, con su peso: A el nombre, B los temas, C el contenido, D el resto.
+-- Lo que se busca de un curso, con su peso: A el nombre, B los temas, C el contenido y el área, D el resto.
 CREATE OR REPLACE FUNCTION cursos_indice(nombre text, temas text, contenido text, resto text) RETURNS tsvector
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
 RETURN setweight(to_tsvector('pg_catalog.simple', cursos_sonido(nombre) || ' ' || cursos_raices(cursos_sonido(nombre))), 'A')
@@ -437,11 +437,17 @@ CREATE TABLE IF NOT EXISTS cursos (
     palabras_clave text NOT NULL DEFAULT '',                -- cómo lo llama la gente: sinónimos, marcas
     activo         boolean NOT NULL DEFAULT true,           -- false: ni se encuentra ni se muestra
     -- Lo que sigue lo calcula la base, también para una fila escrita a mano.
-    clave          text NOT NULL GENERATED ALWAYS AS (upper(replace(cursos_plano(codigo), ' ', ''))) STORED,
-    indice         tsvector NOT NULL GENERATED ALWAYS AS (cursos_indice(
-                       nombre || ' codigo' || replace(cursos_plano(codigo), ' ', ''), area || ' ' || palabras_clave,
-                       temario || ' ' || docente || ' ' || sede || ' ' || modalidad || ' ' || horario, descripcion)) STORED
+    clave          text NOT NULL GENERATED ALWAYS AS (upper(replace(cursos_plano(codigo), ' ', ''))) STORED
 );
+DO $$ BEGIN -- antes, el área contaba como una palabra clave
+    IF EXISTS (SELECT FROM pg_attrdef WHERE adrelid = 'cursos'::regclass
+            AND pg_get_expr(adbin, adrelid) LIKE '%area || '' ''::text) || palabras_clave%') THEN
+        ALTER TABLE cursos DROP COLUMN indice;
+    END IF;
+END $$;
+ALTER TABLE cursos ADD COLUMN IF NOT EXISTS indice tsvector NOT NULL GENERATED ALWAYS AS (cursos_indice(
+    nombre || ' codigo' || replace(cursos_plano(codigo), ' ', ''), palabras_clave,
+    area || ' ' || temario || ' ' || docente || ' ' || sede || ' ' || modalidad || ' ' || horario, descripcion)) STORED;
 -- "exc 101" y "EXC-101" son el mismo código.
 CREATE UNIQUE INDEX IF NOT EXISTS cursos_clave ON cursos (clave);
 CREATE INDEX IF NOT EXISTS cursos_por_indice ON cursos USING gin (indice) WITH (fastupdate = off);
@@ -496,7 +502,8 @@ BEGIN
             WHEN indice @@ c2 THEN 0.35 ELSE 0.15 END AS parecido
         FROM palabra JOIN cursos ON activo AND indice @@ donde_sea
     ), parecida AS MATERIALIZED ( -- para una palabra que no está, las que se escriben casi igual
-        SELECT raiz, parecido, (v.palabra || ':A')::tsquery AS a, (v.palabra || ':AB')::tsquery AS ab
+        SELECT raiz, parecido, (v.palabra || ':A')::tsquery AS a, (v.palabra || ':B')::tsquery AS b,
+            (v.palabra || ':AB|' || cursos_raices(v.palabra) || ':C')::tsquery AS abc
         FROM forma, LATERAL (
             SELECT palabra, similarity(palabra, suena) AS parecido FROM cursos_vocabulario
             WHERE palabra % suena AND similarity(palabra, suena) >= 0.4 ORDER BY 2 DESC, 1 LIMIT 5) AS v
@@ -506,8 +513,8 @@ BEGIN
         SELECT raiz, codigo, max(parecido)::float AS parecido FROM (
             TABLE exacta
             UNION ALL
-            SELECT raiz, codigo, parecido * CASE WHEN indice @@ a THEN 0.8 ELSE 0.65 END
-            FROM parecida JOIN cursos ON activo AND indice @@ ab) AS todo
+            SELECT raiz, codigo, parecido * CASE WHEN indice @@ a THEN 0.8 WHEN indice @@ b THEN 0.65 ELSE 0.3 END
+            FROM parecida JOIN cursos ON activo AND indice @@ abc) AS todo
         GROUP BY raiz, codigo
     ), peso AS MATERIALIZED ( -- una palabra que ningún curso tiene pesa como si la tuvieran unos cuantos
         SELECT raiz, importa, CASE WHEN importa THEN 1 ELSE 0.1 END
@@ -519,13 +526,15 @@ BEGIN
             max(parecido) FILTER (WHERE importa) AS mejor_palabra
         FROM acierto JOIN peso USING (raiz) GROUP BY codigo HAVING bool_or(importa)
     ), pedido AS (
-        SELECT codigo, puntaje * (1 - length(nombre) / 1000.0) AS puntaje, -- a igual acierto, el nombre más corto
-            nivel = ANY (niveles) AS del_nivel, bool_or(nivel = ANY (niveles)) OVER () AS hay_del_nivel,
-            max(puntaje) OVER () AS mejor
+        SELECT codigo, nivel = ANY (niveles) AS del_nivel, max(puntaje) OVER () AS mejor,
+            puntaje * (1 - length(nombre) / 1000.0) AS puntaje -- a igual acierto, el nombre más corto
         FROM candidato JOIN cursos USING (codigo)
         WHERE (puntaje >= minimo OR mejor_palabra > 0.7) AND (NOT estricto OR nivel = ANY (niveles))
+    ), cercano AS ( -- otro tema no gana por ser del nivel pedido: solo uno que acierta casi tanto como el mejor
+        SELECT *, bool_or(del_nivel AND puntaje >= 0.7 * mejor) OVER () AS hay_del_nivel
+        FROM pedido WHERE puntaje >= 0.5 * mejor
     )
-    SELECT codigo, puntaje::real FROM pedido WHERE puntaje >= 0.5 * mejor AND (del_nivel OR hay_del_nivel IS NOT TRUE);
+    SELECT codigo, puntaje::real FROM cercano WHERE del_nivel OR hay_del_nivel IS NOT TRUE;
 END $$;
 
 -- Lo que se calculó con una versión anterior de estas funciones, o se escribió con los disparadores apagados, se calcula
