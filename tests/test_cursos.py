@@ -552,6 +552,51 @@ def test_a_quote_left_open_is_told_with_the_line_where_it_opens(write: Callable[
         leer(path)
 
 
+def test_a_row_that_cannot_be_read_hides_no_other_fault(write: Callable[..., Path]) -> None:
+    rows = "A-1,Excel,malo,1", 'A-2,"Word" x,basico,1', "A-3,Otro,basico,mil", 'A-4,"Uno,basico,1', "A-5,,,"
+    path = write(HEADER, *rows)
+    assert faults_of(path) == [(2, "nivel", "malo"), (3, "", ""), (4, "precio", "mil"), (5, "", "")]
+
+
+def test_a_fault_of_the_header_hides_none_of_the_rows(write: Callable[..., Path]) -> None:
+    path = write("codigo,nombre,nivel,presio", "A-1,Excel,malo,1", "a-1,,basico,1")
+    assert faults_of(path) == [
+        (1, "", ""), (1, "del encabezado", "presio"), (2, "nivel", "malo"), (3, "nombre", ""), (3, "codigo", "A-1")
+    ]  # fmt: skip
+
+
+def test_a_file_without_a_header_is_told_once(write: Callable[..., Path]) -> None:
+    assert {line for line, _, _ in faults_of(write("A-1,Excel,malo,1", "A-2,Word,malo,1"))} == {1}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [HEADER + ",,", "A-1,Excel,basico,1,,", "A-2,Word,basico,2,,"],
+        ["codigo,,nombre,nivel,precio", "A-1,,Excel,basico,1,", "A-2,,Word,basico,2"],
+        ["sep=;", "codigo;nombre;nivel;precio", "A-1;Excel;basico;1", "A-2;Word;basico;2"],
+        ['\ufeff"sep=;"\r', "codigo;nombre;nivel;precio\r", "A-1;Excel;basico;1\r", "A-2;Word;basico;2\r"],
+        ["", ";;;", "", "codigo;nombre;nivel;precio", "A-1;Excel;basico;1", "A-2;Word;basico;2"],
+    ],
+    ids=["columns after", "column between", "sep", "sep of Excel", "blank lines"],
+)
+def test_what_spreadsheets_leave_around_the_courses_is_passed_over(
+    write: Callable[..., Path], lines: list[str]
+) -> None:
+    assert [(course["codigo"], course["precio"]) for course in leer(write(*lines))] == [("A-1", "1"), ("A-2", "2")]
+
+
+def test_a_cell_in_a_column_without_a_name_is_told_with_its_line(write: Callable[..., Path]) -> None:
+    path = write("sep=;", "codigo;;nombre;nivel;precio", "A-1;;Excel;basico;1", "A-2;nota;Word;basico;2")
+    assert faults_of(path) == [(4, "sin nombre", "nota")]
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04\x14\0", b"\xd0\xcf\x11\xe0\xa1\xb1"], ids=["xlsx", "xls"])
+def test_a_workbook_with_another_name_is_told_as_such(write: Callable[..., Path], start: bytes) -> None:
+    with pytest.raises(CatalogoError, match=r"libro de Excel.*CSV UTF-8"):
+        leer(write(start + bytes(range(256))))
+
+
 # --- Loading ----------------------------------------------------------------------------------------------
 
 

@@ -146,27 +146,21 @@ COLUMNAS: Mapping[str, Callable[[str], Any]] = {
 def leer(ruta: Path) -> list[Fila]:
     """Devuelve los cursos de un CSV, cada uno con las columnas que trae el archivo; lanza CatalogoError u OSError.
 
-    El archivo está en UTF-8, con o sin BOM, y separa por comas, punto y coma o tabuladores.
+    El archivo está en UTF-8, con o sin BOM, y separa por comas, punto y coma o tabuladores, o por lo que diga la línea
+    `sep=` con que empiezan los de Excel.
     """
     texto = _texto(ruta.read_bytes())
-    primera = texto.partition("\n")[0]
-    separador = max(",;\t", key=primera.count)
-    lineas = _lineas(csv.reader(io.StringIO(texto, newline=""), delimiter=separador, strict=True))
+    fallos: list[Fallo] = []
+    lineas = _lineas(_lector(texto), fallos)
     numero, encabezado = next(lineas, (1, []))
-    columnas = [plano(nombre).replace(" ", "_") for nombre in encabezado]
-    fallos = _fallos_del_encabezado(numero, columnas)
     if fallos:
         raise CatalogoError(fallos)
-    cursos: list[Fila] = []
-    vistos: dict[str, int] = {}
-    total = texto.count("\n")
-    for linea, celdas in _avance(lineas, total, "Revisando"):
-        curso = _curso(linea, columnas, celdas, fallos)
-        clave = re.sub(r"\W|_", "", curso.get("codigo", ""))
-        if clave and vistos.setdefault(clave, linea) != linea:
-            fallos.append(Fallo(linea, f"repite el código de la línea {vistos[clave]}", "codigo", curso["codigo"]))
-        cursos.append(curso)
-    if not cursos:
+    columnas = _columnas(encabezado)
+    fallos += _fallos_del_encabezado(numero, columnas)
+    cursos = []
+    if set(columnas) & COLUMNAS.keys():
+        cursos = _cursos(_avance(lineas, texto.count("\n"), "Revisando"), columnas, fallos)
+    if not cursos and not fallos:
         fallos.append(Fallo(numero, "después del encabezado no hay ningún curso"))
     if fallos:
         raise CatalogoError(fallos)
@@ -174,7 +168,10 @@ def leer(ruta: Path) -> list[Fila]:
 
 
 def _texto(contenido: bytes) -> str:
-    """Devuelve el texto de un archivo en UTF-8, sin BOM; lanza CatalogoError si está en otra codificación."""
+    """Devuelve el texto de un archivo en UTF-8, sin BOM; lanza CatalogoError si no es un CSV en esa codificación."""
+    if contenido.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):  # como empiezan .xlsx y .xls
+        motivo = "es un libro de Excel, no un CSV: ábrelo y usa Archivo > Guardar como > «CSV UTF-8»"
+        raise CatalogoError([Fallo(1, motivo)])
     if contenido.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise CatalogoError([Fallo(1, "el archivo está en UTF-16: guárdalo como «CSV UTF-8»")])
     try:
@@ -190,8 +187,18 @@ def _texto(contenido: bytes) -> str:
     return texto
 
 
-def _lineas(lector: Any) -> Iterator[tuple[int, list[str]]]:
-    """Da cada fila que no está en blanco, con la línea en que empieza; lanza CatalogoError si una no se puede leer."""
+def _lector(texto: str) -> Any:
+    """Devuelve el lector de un CSV con el separador que se ve en su primera línea escrita, o el que dice `sep=`."""
+    primera = next((linea for linea in texto.splitlines() if re.search(r"\w", linea)), "")
+    dicho = re.fullmatch(r'"?sep=([^\w"])"?\s*', primera, re.IGNORECASE)
+    if dicho:
+        texto = texto.replace(primera, "", 1)  # queda en blanco: las demás conservan su número
+    separador = dicho[1] if dicho else max(",;\t", key=primera.count)
+    return csv.reader(io.StringIO(texto, newline=""), delimiter=separador, strict=True)
+
+
+def _lineas(lector: Any, fallos: list[Fallo]) -> Iterator[tuple[int, list[str]]]:
+    """Da cada fila que no está en blanco, con la línea en que empieza; añade a `fallos` las que no se pueden leer."""
     while True:
         linea = lector.line_num + 1
         try:
@@ -199,16 +206,24 @@ def _lineas(lector: Any) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            motivo = f"no se puede leer, ¿unas comillas sin cerrar? ({error})"
-            raise CatalogoError([Fallo(linea, motivo)]) from None
+            fallos.append(Fallo(linea, f"no se puede leer, ¿unas comillas sin cerrar? ({error})"))
+            continue
         if any(celdas):
             yield linea, celdas
+
+
+def _columnas(encabezado: Sequence[str]) -> list[str]:
+    """Devuelve las columnas de un encabezado, sin las que Excel deja vacías al final."""
+    columnas = [plano(nombre).replace(" ", "_") for nombre in encabezado]
+    while columnas and not columnas[-1]:
+        columnas.pop()
+    return columnas
 
 
 def _fallos_del_encabezado(linea: int, columnas: Sequence[str]) -> list[Fallo]:
     """Devuelve qué columnas faltan, sobran o se repiten."""
     fallos = [Fallo(linea, f"falta la columna {columna}") for columna in OBLIGATORIAS if columna not in columnas]
-    for columna in dict.fromkeys(columnas):
+    for columna in dict.fromkeys(filter(None, columnas)):
         if columna not in COLUMNAS:
             cerca = difflib.get_close_matches(columna, COLUMNAS, 1)
             consejo = f"¿es {cerca[0]}?" if cerca else "las que hay son " + ", ".join(COLUMNAS)
@@ -218,20 +233,37 @@ def _fallos_del_encabezado(linea: int, columnas: Sequence[str]) -> list[Fallo]:
     return fallos
 
 
+def _cursos(lineas: Iterable[tuple[int, list[str]]], columnas: Sequence[str], fallos: list[Fallo]) -> list[Fila]:
+    """Devuelve los cursos de las filas y añade a `fallos` los de cada una, y los códigos que se repiten."""
+    cursos: list[Fila] = []
+    vistos: dict[str, int] = {}
+    for linea, celdas in lineas:
+        curso = _curso(linea, columnas, celdas, fallos)
+        clave = re.sub(r"\W|_", "", curso.get("codigo", ""))
+        if clave and vistos.setdefault(clave, linea) != linea:
+            fallos.append(Fallo(linea, f"repite el código de la línea {vistos[clave]}", "codigo", curso["codigo"]))
+        cursos.append(curso)
+    return cursos
+
+
 def _curso(linea: int, columnas: Sequence[str], celdas: Sequence[str], fallos: list[Fallo]) -> Fila:
-    """Devuelve el curso de una fila y añade a `fallos` los suyos."""
-    if len(celdas) != len(columnas):
+    """Devuelve el curso de una fila y añade a `fallos` los suyos; de una columna que no conoce no dice nada."""
+    sobran = celdas[len(columnas) :]
+    if len(celdas) < len(columnas) or any(sobran):
         motivo = f"tiene {len(celdas)} celdas y el encabezado {len(columnas)}: ¿faltan unas comillas?"
         fallos.append(Fallo(linea, motivo))
         return {}
     curso: Fila = {}
-    for columna, celda in zip(columnas, celdas, strict=True):
+    for columna, celda in zip(columnas, celdas, strict=False):
         try:
             if len(celda) > LARGO:
                 raise ValueError(f"es demasiado largo: caben {LARGO} caracteres")
-            curso[columna] = COLUMNAS[columna](celda)
+            if not columna and celda:
+                raise ValueError("está en una columna sin nombre")
+            if columna in COLUMNAS:
+                curso[columna] = COLUMNAS[columna](celda)
         except ValueError as error:
-            fallos.append(Fallo(linea, str(error), columna, celda))
+            fallos.append(Fallo(linea, str(error), columna or "sin nombre", celda))
     return curso
 
 
