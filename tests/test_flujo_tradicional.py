@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_scripted_conversations_are_answered_as_expected(muestra: Database, caps
 
 def test_the_scripts_are_many_of_two_to_six_turns_with_titles_of_their_own() -> None:
     largos = [len(guion["turnos"]) for guion in CONVERSACIONES]
-    assert len(largos) >= 32 and min(largos) >= 2 and max(largos) <= 6
+    assert len(largos) >= 90 and min(largos) >= 2 and max(largos) <= 6
     assert len({guion["titulo"] for guion in CONVERSACIONES}) == len(largos)
 
 
@@ -358,6 +359,35 @@ def test_a_turn_is_read_for_what_it_says(
 ) -> None:
     lectura = leer(dicho)
     assert (lectura.tema, lectura.numeros) == (tema, numeros) and dice <= lectura.dice
+
+
+@pytest.mark.parametrize(
+    ("dicho", "tope", "tema"),
+    [
+        ("algo que no pase de 1000 pesos", 1000, ()), ("excel de menos de $1,290.50", Decimal("1290.5"), ("excel",)),
+        ("que no cuesten más de dos mil", 2000, ()), ("hasta 1.500", 1500, ()), ("presupuesto de 3 mil", 3000, ()),
+        ("up to $50", 50, ()), ("cursos gratis", 0, ()), ("hasta las 8", None, ()), ("menos de 120 horas", None, ()),
+    ],
+)  # fmt: skip
+def test_the_most_to_pay_is_read_as_people_write_it(dicho: str, tope: object, tema: tuple[str, ...]) -> None:
+    lectura = leer(dicho)
+    assert (lectura.tope, lectura.tema) == (tope, tema)
+
+
+@pytest.mark.parametrize(
+    ("dicho", "como"),
+    [
+        ("tienen curso de buceo?", "explicita"), ("quiero aprender a bucear", "explicita"),
+        ("y de buceo?", "explicita"), ("el de buceo cuánto cuesta", "explicita"), ("busco buceo", "explicita"),
+        ("any diving courses?", "explicita"), ("tienen buceo?", "ofrecida"), ("info de buceo", "ofrecida"),
+        ("buceo", "ofrecida"), ("están en Lima?", "lugar"), ("hay cursos en Lima", "lugar"), ("me lo dan en pdf?", ""),
+        ("es un robot esto", ""), ("quiero rentar un salón", ""),
+    ],
+)  # fmt: skip
+def test_how_a_subject_is_asked_for_is_read(dicho: str, como: str) -> None:
+    lectura = leer(dicho)
+    formas = {"explicita": lectura.explicita, "ofrecida": lectura.ofrecida, "lugar": lectura.lugar}
+    assert next((forma for forma, es in formas.items() if es), "") == como
 
 
 def test_each_row_of_the_table_of_patterns_has_a_name_and_an_expression() -> None:

@@ -6,6 +6,7 @@ Nothing is stored: lists and courses are read back from the answers in the trans
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tools._flujo_lectura import EN_ESPAÑOL, LISTA, NIVELES, leer, llana, nivel
 from tools._textos import idioma_de, texto
 
 BUSCADAS = 12  # words of a subject that are searched for
-TODOS = 500  # courses among which the cheapest, shortest… is looked for
+TODOS = 5_000  # courses among which the cheapest, shortest… is looked for
 RECUERDO = 40  # lines of the transcript that are read
 PAUSA = timedelta(hours=8)  # after it a conversation begins anew
 
@@ -41,12 +42,20 @@ class Mencion:
 
 @dataclass(frozen=True)
 class Memoria:
-    """What the transcript tells: the last list, the course spoken of since then, and what was last answered."""
+    """What the transcript tells: the last list, the course spoken of since then, and what was last answered.
+
+    `hablados` are the courses that were told one by one since the list, the earliest first."""
 
     lista: tuple[Mencion, ...] = ()
     foco: Mencion | None = None
     ultima: str = ""
     vistos: frozenset[str] = frozenset()
+    hablados: tuple[Mencion, ...] = ()
+
+    @property
+    def a_la_vista(self) -> tuple[Mencion, ...]:
+        """The courses that a position counts: those of the last list, else those told one by one."""
+        return self.lista or (self.hablados if len(self.hablados) > 1 else ())
 
 
 _CURSO = re.compile(r"[*_]+([^*_\n]{2,200})[*_]+ *\(((?=[^()\n]*\d|[A-Z .-]+\))[^()\n]{1,40})\)")  # *Excel* (EXC-101)
@@ -58,13 +67,16 @@ def recordar(historia: Sequence[Turn]) -> Memoria:
     """What earlier answers said about courses, read from the newest to the oldest up to the last list."""
     respuestas = [turno.text for turno in reversed(historia) if turno.role == "assistant"]
     vistos = frozenset(codigo for respuesta in respuestas for _, codigo in _CURSO.findall(respuesta))
-    foco = None
+    ultima = respuestas[0] if respuestas else ""
+    hablados: list[Mencion] = []  # the newest first
+    lista: tuple[Mencion, ...] = ()
     for respuesta in respuestas:
         lista, sueltos = menciones(respuesta)
         if lista:
-            return Memoria(lista, foco, respuestas[0], vistos)
-        foco = foco or (sueltos[0] if len(sueltos) == 1 else None)
-    return Memoria((), foco, respuestas[0] if respuestas else "", vistos)
+            break
+        hablados += sueltos if len(sueltos) == 1 else ()
+    foco = hablados[0] if hablados else None
+    return Memoria(lista, foco, ultima, vistos, tuple(dict.fromkeys(reversed(hablados))))
 
 
 def menciones(respuesta: str) -> tuple[tuple[Mencion, ...], tuple[Mencion, ...]]:
@@ -168,9 +180,17 @@ class Charla:
         """The names of the catalogue's areas, the largest first."""
         return [fila["area"] for fila in self._consulta(cursos.areas)]
 
+    def cuantos(self) -> int:
+        """How many courses there are."""
+        return int(self._consulta(_cuantos)[0]["cursos"])
+
+    def sedes(self) -> list[str]:
+        """The places where courses are given on site."""
+        return [fila["sede"] for fila in self._consulta(_sedes)]
+
     def _detalles(self, filas: Iterable[Curso]) -> list[Curso]:
         """The rows of a search with all about each course."""
-        return [curso for fila in filas if (curso := self.detalle(fila["codigo"]))]
+        return [{**fila, **curso} for fila in filas if (curso := self.detalle(fila["codigo"]))]
 
     def _consulta(self, pregunta: Callable[..., Any], *argumentos: object, **valores: object) -> Any:
         """What a function of the catalogue answers; raises SinCatalogo where it cannot."""
@@ -198,6 +218,22 @@ def _ejemplos(query: Callable[..., list[Curso]], **valores: object) -> list[Curs
     return query(EJEMPLOS, **valores)
 
 
+# "Ciudad de México, Roma Norte, o por Zoom" is told as its city.
+SEDES = """
+    SELECT DISTINCT btrim(split_part(sede, ',', 1)) AS sede FROM cursos
+    WHERE activo AND sede <> '' AND cursos_plano(modalidad) ~ 'presencial|hibrid' ORDER BY 1 LIMIT 12"""
+
+
+def _cuantos(query: Callable[..., list[Curso]]) -> list[Curso]:
+    """The number of active courses, in one row."""
+    return query("SELECT count(*) AS cursos FROM cursos WHERE activo")
+
+
+def _sedes(query: Callable[..., list[Curso]]) -> list[Curso]:
+    """The rows of SEDES."""
+    return query(SEDES)
+
+
 _EL_DE = re.compile(r"\b(el|la|[eé]se|[eé]sa|al|del|o|a) (curso )?(del?|d[oa]|sobre|que)\b|\bthe (one|\w+ one)\b")
 _AVISO = re.compile(r"^\[.*\]$", re.MULTILINE)  # what the transcript says of a voice note or a picture
 
@@ -223,29 +259,39 @@ def por_codigo(charla: Charla) -> list[Curso]:
 
 def por_posicion(charla: Charla) -> list[Curso]:
     """The courses of the last list at the positions said: "el 2", "la última", "los dos"."""
-    lista = charla.memoria.lista
-    posiciones = charla.lectura.numeros or ((1, 2) if charla.dice("ambos") else ())
+    lista, posiciones = charla.memoria.a_la_vista, charla.lectura.numeros
+    if not posiciones and (charla.dice("ambos") or (charla.dice("compara") and not charla.lectura.tema)):
+        lista, posiciones = charla.memoria.hablados[-2:], (1, 2)
+        lista = lista if len(lista) == 2 else charla.memoria.lista
     elegidos = [lista[n - 1 if n > 0 else n] for n in posiciones if n <= len(lista) and lista]
     return hallados(resuelta(charla, mencion) for mencion in dict.fromkeys(elegidos))
 
 
 def por_cualidad(charla: Charla) -> list[Curso]:
     """The cheapest, shortest, easiest or first to start: of a subject, else of the last list, else of all."""
-    medida = next((MEDIDAS[nombre] for nombre in MEDIDAS if charla.dice(nombre)), None)
-    if medida is None:
+    cual = cualidad(charla)
+    if not cual:
         return []
     tema = charla.lectura.tema
     candidatos = charla.buscar(tema, limite=4 * LISTA) if tema else listados(charla)
-    return sorted(candidatos, key=medida)[:1] or sorted(charla.algunos(TODOS), key=medida)[:LISTA]
+    if not candidatos and charla.dice("senala"):  # "de esos", after the only course that was told of them
+        candidatos = charla.buscar(tema_anterior(charla), limite=4 * LISTA)
+    return sorted(candidatos, key=MEDIDAS[cual])[:1] or sorted(charla.algunos(TODOS), key=MEDIDAS[cual])[:LISTA]
+
+
+def cualidad(charla: Charla) -> str:
+    """By what the turn would have courses ordered, a name of MEDIDAS; empty where it does not say."""
+    return next((nombre for nombre in MEDIDAS if charla.dice(nombre)), "")
 
 
 def por_condicion(charla: Charla) -> list[Curso]:
     """The courses of any subject that are given in a way or at a time: "cursos en línea", "algo los sábados"."""
     if charla.lectura.tema or not charla.dice("modalidad", "horario") or not _CURSOS.search(charla.escrito.lower()):
         return []
-    dichas = {CONDICIONES.get(palabra, palabra) for palabra in llanas(charla.escrito) if len(palabra) > 4}
-    todos = charla.ejemplos(limite=TODOS)
-    return [curso for curso in todos if dichas & {*llanas(curso["modalidad"]), *llanas(curso["horario"])}][:LISTA]
+    dicho = " ".join(llanas(charla.escrito))
+    cumple = [condicion for expresion, condicion in CONDICIONES.items() if re.search(rf"\b({expresion})\b", dicho)]
+    todos = charla.ejemplos(limite=TODOS) if cumple else []
+    return [curso for curso in todos if all(condicion(curso) for condicion in cumple)][:LISTA]
 
 
 def el_otro(charla: Charla) -> list[Curso]:
@@ -277,27 +323,75 @@ def por_lista(charla: Charla) -> list[Curso]:
 def por_tema(charla: Charla) -> list[Curso]:
     """The courses found for what the turn says, one alone where it can mean no other."""
     tema = charla.lectura.tema
-    encontrados = charla.buscar(tema) if tema else []
-    llamados = exactos(tema, encontrados)
+    if "ya_sabe" in charla.lectura.dice:
+        tema += charla.lectura.niveles
+    encontrados = charla.buscar(tema) if charla.lectura.tema else []
+    llamados = exactos(tema, encontrados) or exactos(charla.lectura.asunto, encontrados)
     if len(llamados) == 1 and (len(tema) > 1 or charla.señala_uno or solo(llamados[0], encontrados)):
         return llamados
     llamados.sort(key=rango)  # "excel": from the basic one to the advanced one, then what else there is
     return llamados + [curso for curso in encontrados if curso not in llamados]
 
 
+def los_de_que_se_habla(charla: Charla) -> list[Curso]:
+    """The courses of which some begin in a month or cost less; empty where the turn means one of them.
+
+    Those of the turn's subject, else all if it asks in general or nothing was searched for, else those last listed."""
+    if charla.lectura.numeros or charla.lectura.codigos:
+        return []
+    seguidas = list(itertools.takewhile(_condiciona, reversed(charla.lineas)))  # "¿y en enero?" goes on with them
+    tema = next(filter(None, (leer(linea).tema for linea in (charla.escrito, *seguidas))), ())
+    general = any(_CURSOS.search(linea.lower()) for linea in (charla.escrito, *seguidas))
+    if not general and not tema:
+        if charla.memoria.foco:
+            return []
+        tema = tema_anterior(charla)
+        if tema and not seguidas:
+            return listados(charla)
+    return charla.buscar(tema, limite=4 * LISTA) if tema else charla.ejemplos(limite=TODOS)
+
+
+def _condiciona(linea: str) -> bool:
+    """Whether a line says a month or the most to pay."""
+    lectura = leer(linea)
+    return bool(lectura.meses) or lectura.tope is not None
+
+
 MEDIDAS: Mapping[str, Callable[[Curso], Any]] = {
     "barato": lambda curso: (curso["precio"] is None, curso["precio"]),
+    "caro": lambda curso: -(curso["precio"] or 0),
     "corto": lambda curso: int((re.findall(r"\d{1,9}", curso["duracion"]) or ["1000000000"])[0]),
     "pronto": lambda curso: min(curso["fechas_inicio"], default=date.max),
     "facil": lambda curso: rango(curso),
 }
-CONDICIONES = {  # words for a way or a time, and the word that the catalogue has for them
-    **dict.fromkeys(("online", "virtual", "virtuales", "distancia"), "linea"),
-    **dict.fromkeys(("sabado", "semana", "weekends"), "sabados"),
-    "presenciales": "presencial",
+
+
+def _tiene(columna: str, expresion: str) -> Callable[[Curso], bool]:
+    """Whether a column of a course says something."""
+    return lambda curso: bool(re.search(rf"\b({expresion})\b", " ".join(llanas(curso[columna]))))
+
+
+def _a_las(desde: int, hasta: int) -> Callable[[Curso], bool]:
+    """Whether a course begins at an hour of the day: "18:00 a 21:00" begins at 18."""
+    horas = re.compile(r"(\d{1,2}):\d\d(?: a \d{1,2}:\d\d)?")
+    return lambda curso: any(desde <= int(hora) < hasta for hora in horas.findall(curso["horario"]))
+
+
+CONDICIONES: Mapping[str, Callable[[Curso], bool]] = {  # what is said, and which courses are so
+    r"en linea|on ?line|virtual(es)?|a distancia": _tiene("modalidad", r"linea|on ?line|virtual"),
+    r"presencial(es)?|in person": _tiene("modalidad", "presencial"),
+    r"hibrid[oa]s?": _tiene("modalidad", "hibrid[oa]"),
+    r"grabad[oa]s": _tiene("sede", "grabad[oa]s"),
+    r"fin(es)? de semana|weekends?": _tiene("horario", "sabados?|domingos?"),
+    r"entre semana": _tiene("horario", "lunes|martes|miercoles|jueves|viernes"),
+    **{f"{dia}s?": _tiene("horario", f"{dia}s?") for dia in "lunes martes miercoles jueves viernes".split()},
+    **{f"{dia}s?": _tiene("horario", f"{dia}s?") for dia in ("sabado", "domingo")},
+    r"(la|las) mananas?|matutin[oa]s?": _a_las(5, 12),
+    r"(la|las) tardes?|vespertin[oa]s?": _a_las(12, 19),
+    r"(la|las) noches?|nocturn[oa]s?": _a_las(18, 24),
 }
 MANERAS = (por_codigo, por_cualidad, por_posicion, por_condicion, el_otro, por_nivel, por_lista, por_tema)
-_CURSOS = re.compile(r"\b(cursos|talleres|diplomados|algo|alguno|courses|anything)\b")
+_CURSOS = re.compile(r"\b(cursos|talleres|diplomados|algo|alg[uú]n[oa]?s?|courses|anything)\b")
 
 
 def rango(curso: Curso) -> int:
@@ -317,7 +411,7 @@ def hallados(candidatos: Iterable[Curso | None]) -> list[Curso]:
 
 def listados(charla: Charla) -> list[Curso]:
     """The courses of the last list."""
-    return [curso for mencion in charla.memoria.lista if (curso := resuelta(charla, mencion))]
+    return [curso for mencion in charla.memoria.a_la_vista if (curso := resuelta(charla, mencion))]
 
 
 def resuelta(charla: Charla, mencion: Mencion) -> Curso | None:

@@ -24,19 +24,19 @@ __all__ = ["areas", "buscar", "cargar", "cercanos", "codigos_cercanos", "detalle
 # --- El catálogo ------------------------------------------------------------------------------------------------------
 
 _RESUMEN = """
-    SELECT codigo, nombre, area, nivel, precio, moneda, duracion, modalidad,
+    SELECT codigo, nombre, area, nivel, precio, moneda, duracion, modalidad, {puntaje} AS puntaje,
         (SELECT min(dia) FROM unnest(fechas_inicio) AS dia WHERE dia >= current_date) AS proxima_fecha
     FROM """
 
 BUSCAR = (
-    _RESUMEN
+    _RESUMEN.format(puntaje="puntaje")
     + """cursos_buscar(CAST(:palabras AS text[]), CAST(:de_apoyo AS text[]), CAST(:niveles AS text[]),
         CAST(:estricto AS boolean), CAST(:minimo AS real)) JOIN cursos USING (codigo)
     ORDER BY puntaje DESC, proxima_fecha, codigo LIMIT CAST(:limite AS int)"""
 )
 
 DEL_NIVEL = (
-    _RESUMEN
+    _RESUMEN.format(puntaje="1::real")
     + """cursos WHERE activo AND nivel = ANY (CAST(:niveles AS text[]))
     ORDER BY proxima_fecha, codigo LIMIT CAST(:limite AS int)"""
 )
@@ -55,7 +55,7 @@ def buscar(query: Consulta, texto: str, nivel: str | None = None, limite: int = 
 
     Con `nivel` (uno de NIVELES), solo los de ese nivel. Un nivel dicho en el texto es una preferencia: si de ese no
     hay, salen los demás. Cada fila tiene codigo, nombre, area, nivel, precio (Decimal; None: a consultar), moneda,
-    duracion, modalidad y proxima_fecha (date o None).
+    duracion, modalidad, proxima_fecha (date o None) y puntaje (de 0 a 1: cuánto tiene de lo pedido).
     """
     pregunta = entender(texto)
     niveles = [nivel] if nivel else list(pregunta.niveles)

@@ -20,7 +20,19 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from tools import Context, Message, cursos, hookimpl
-from tools._flujo_charla import Charla, Curso, SinCatalogo, listados, nombrados, resuelta, tema_anterior
+from tools._flujo_charla import (
+    MEDIDAS,
+    Charla,
+    Curso,
+    SinCatalogo,
+    cualidad,
+    listados,
+    llanas,
+    los_de_que_se_habla,
+    nombrados,
+    resuelta,
+    tema_anterior,
+)
 from tools._flujo_lectura import LISTA, leer, llana
 
 LARGO = 1_600  # UTF-16 units of one WhatsApp message, as Twilio counts them
@@ -83,7 +95,7 @@ CAMPOS: Mapping[str, Callable[[Charla, Curso], str]] = {
     "enlace": lambda charla, curso: curso["enlace"],
 }
 FICHA = ("nivel", "precio", "fechas", "horario", "duracion", "modalidad", "docente", "requisitos", "enlace")
-COMPARACION = ("precio", "fechas", "duracion", "modalidad")
+COMPARACION = ("nivel", "precio", "fechas", "duracion", "modalidad")
 
 
 def campo(charla: Charla, curso: Curso, nombre: str) -> str:
@@ -163,6 +175,7 @@ TRAMITES: Mapping[str, Callable[[Charla, Curso | None], list[str]]] = {
     "atencion": con_asesor("flujo_atencion"),
     "factura": con_asesor("flujo_factura"),
     "direccion": direccion,
+    "edad": con_asesor("flujo_edad"),
 }
 
 
@@ -222,11 +235,54 @@ def una_persona(charla: Charla) -> str | None:
 def los_nombrados(charla: Charla) -> str | None:
     """To a turn that names courses."""
     elegidos = nombrados(charla)
-    if len(elegidos) == 1:
+    if not elegidos:
+        return None
+    lejos = solo_parecidos(charla, elegidos)
+    if len(elegidos) == 1 and not lejos:
         return ficha(charla, elegidos[0], pedidos(charla))
-    if elegidos and (charla.lectura.numeros or charla.dice("ambos")):
+    if charla.lectura.numeros or charla.dice("ambos", "compara"):
         return parrafos(*(ficha(charla, curso, pedidos(charla) or COMPARACION) for curso in elegidos))
-    return lista(charla, elegidos, charla.t("flujo_resultados"), pedidos(charla)) if elegidos else None
+    cual = cualidad(charla)
+    encabezado = charla.t("flujo_parecidos" if lejos else f"flujo_mas_{cual}" if cual else "flujo_resultados")
+    return lista(charla, elegidos, encabezado, [*pedidos(charla), *SE_MIDE.get(cual, ())])
+
+
+def solo_parecidos(charla: Charla, elegidos: Sequence[Curso]) -> bool:
+    """Whether courses have only a part of a subject, and not in their names: "comida vegana", "soldadura"."""
+    asunto = [llana(palabra) for palabra in charla.lectura.asunto]
+    dichos = {palabra for curso in elegidos for columna in DONDE for palabra in llanas(curso[columna])}
+    poco = not pedidos(charla) and all(curso.get("puntaje", 1) < PARECIDO for curso in elegidos)
+    return poco and 1 <= len(asunto) <= 2 and not charla.lectura.lugar and not dichos & {*asunto}
+
+
+PARECIDO = 0.5  # a score below it, of 1, is that of a course which has not all that was asked for
+DONDE = ("nombre", "sede", "docente")  # what makes a course the one that was asked for, whatever its score
+SE_MIDE: Mapping[str, Sequence[str]] = {"corto": ("duracion",), "pronto": ("fechas",), "facil": ("nivel",)}
+
+
+def hasta_un_precio(charla: Charla) -> str | None:
+    """To one who says how much a course may cost, or that it be free."""
+    tope = charla.lectura.tope
+    candidatos = los_de_que_se_habla(charla) if tope is not None else []
+    if tope is None or not candidatos:
+        return None
+    clave = "flujo_gratuitos" if not tope else "flujo_hasta"
+    caben = [curso for curso in candidatos if curso["precio"] is not None and curso["precio"] <= tope]
+    encabezado = charla.t(clave if caben else f"{clave}_ninguno", tope=f"${tope:,f}")
+    return lista(charla, sorted(caben or candidatos, key=MEDIDAS["barato"]), encabezado, pedidos(charla))
+
+
+def en_un_mes(charla: Charla) -> str | None:
+    """To one who asks what begins in a month."""
+    meses = charla.lectura.meses
+    candidatos = los_de_que_se_habla(charla) if meses else []
+    if not candidatos:
+        return None
+    empiezan = [curso for curso in candidatos if any(dia.month in meses for dia in curso["fechas_inicio"])]
+    nombres = " / ".join(charla.t("flujo_meses").split()[mes - 1] for mes in meses)
+    clave = "flujo_mes_algunos" if len(empiezan) > LISTA else "flujo_mes" if empiezan else "flujo_mes_ninguno"
+    orden = empiezan or sorted(candidatos, key=MEDIDAS["pronto"])
+    return lista(charla, orden, charla.t(clave, mes=nombres), pedidos(charla))
 
 
 def fuera_de_lista(charla: Charla) -> str | None:
@@ -239,26 +295,32 @@ def fuera_de_lista(charla: Charla) -> str | None:
 
 def recado(charla: Charla) -> str | None:
     """To one who leaves a number, or a name after asking for a person."""
-    if pedidos(charla) or charla.lectura.explicita:
+    if pedidos(charla) or charla.lectura.explicita or "?" in charla.escrito:
         return None
     pidio = charla.lineas and leer(charla.lineas[-1]).dice & {"asesor", "queja"}
     nombre = charla.lectura.tema or charla.dice("presentacion")
     return charla.t("flujo_recado") if charla.dice("privado") or (pidio and nombre) else None
 
 
+def un_lugar(charla: Charla) -> str | None:
+    """To one who asks whether courses are given in a place that none has."""
+    sedes = charla.sedes() if charla.lectura.lugar else []
+    return charla.t("flujo_lugares", sedes="; ".join(sedes)) if sedes else None
+
+
 def desconocido(charla: Charla) -> str | None:
-    """To a subject that the catalogue does not have; one said in passing leaves the last list as it was."""
-    tema = charla.lectura.tema
-    en_curso = bool(charla.memoria.lista or charla.memoria.foco)
-    de_paso = pedidos(charla) or charla.dice(*CHARLAS) or len(tema) > 2
-    if not tema or charla.dice(*SIN_CURSO) or (de_paso and not charla.lectura.explicita):
+    """To a subject that the catalogue does not have; only one asked for as a course is said not to be there."""
+    tema, lectura = charla.lectura.tema, charla.lectura
+    tal_vez = lectura.ofrecida and not charla.dice(*CHARLAS, *SIN_CURSO)
+    if not tema or not (lectura.explicita or tal_vez):
         return None
-    if en_curso and not charla.lectura.explicita:
-        return charla.t("flujo_no_aparece", tema=" ".join(tema))
-    cercanos, dicho = charla.cercanos(tema), " ".join(tema[:5])
+    dicho, algunos = " ".join(tema[:5]), charla.algunos()
+    if not lectura.explicita:
+        return charla.t("flujo_no_aparece", tema=dicho)
+    cercanos = charla.cercanos(tema)
     if cercanos:
         return lista(charla, cercanos, charla.t("flujo_cercanos", tema=dicho))
-    return lista(charla, charla.algunos(), charla.t("flujo_sin_resultados", tema=dicho))
+    return lista(charla, algunos, charla.t("flujo_sin_resultados", tema=dicho))
 
 
 def otra_lista(charla: Charla) -> str | None:
@@ -271,13 +333,14 @@ def otra_lista(charla: Charla) -> str | None:
     nuevos = nuevos or charla.ejemplos(vistos)
     if vistos and not nuevos:
         return charla.t("flujo_no_hay_mas")
-    encabezado = charla.t("flujo_mas_resultados") if vistos else charla.t("flujo_areas", areas=las_areas(charla))
+    encabezado = charla.t("flujo_mas_resultados") if vistos else que_hay(charla)
     return lista(charla, nuevos or charla.algunos(), encabezado, pedidos(charla))
 
 
-def las_areas(charla: Charla) -> str:
-    """The largest areas of the catalogue, in words."""
-    return "; ".join(area.lower() for area in charla.areas()[:AREAS])
+def que_hay(charla: Charla) -> str:
+    """How many courses there are, and the largest areas of the catalogue in words."""
+    areas = "; ".join(area.lower() for area in charla.areas()[:AREAS])
+    return charla.t("flujo_areas", total=charla.cuantos(), areas=areas) if areas else charla.t("flujo_resultados")
 
 
 def el_de_antes(charla: Charla) -> str | None:
@@ -316,7 +379,9 @@ def bienvenida(charla: Charla) -> str | None:
 
 def cortesia(charla: Charla) -> str | None:
     """To small talk; it never names a course, so what was being spoken of stays."""
-    return next((charla.t(clave) for nombre, clave in CORTESIAS.items() if charla.dice(nombre)), None)
+    pregunta = "?" in charla.escrito and len(charla.escrito.split()) > 2
+    oidas = (nombre for nombre in CORTESIAS if charla.dice(nombre) and not (pregunta and nombre in RESPUESTAS))
+    return next((charla.t(CORTESIAS[nombre]) for nombre in oidas), None)
 
 
 CORTESIAS: Mapping[str, str] = {
@@ -335,6 +400,7 @@ CORTESIAS: Mapping[str, str] = {
     "acuerdo": "flujo_de_acuerdo",
     "si": "flujo_de_acuerdo",
 }
+RESPUESTAS = ("no", "interes", "acuerdo", "si")  # none of them is what a longer question asks
 CHARLAS = ("como_estas", "despedida", "espera", "presentacion", "quien_soy", "recomienda", "risa")
 
 
@@ -343,15 +409,20 @@ def no_entendido(charla: Charla) -> str:
     if charla.dice("saludo"):
         return charla.t("flujo_bienvenida_de_nuevo")
     otra_vez = charla.t("flujo_no_entendi") in charla.memoria.ultima
-    return parrafos(charla.t("flujo_no_entendi"), charla.t("flujo_ayuda"), asesor(charla) if otra_vez else "")
+    en_curso = charla.memoria.foco or charla.memoria.lista
+    como = charla.t("flujo_preguntas" if en_curso else "flujo_ayuda")
+    return parrafos(charla.t("flujo_no_entendi"), como, asesor(charla) if otra_vez else "")
 
 
 PASOS: tuple[Callable[[Charla], str | None], ...] = (
     sin_palabras,
     una_persona,
+    hasta_un_precio,
+    en_un_mes,
     los_nombrados,
     fuera_de_lista,
     recado,
+    un_lugar,
     desconocido,
     otra_lista,
     el_de_antes,
