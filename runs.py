@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from database import Database, DatabaseDown, DatabaseFault, discard
-from settings import RunLog, Settings, mask
+from settings import RunLog, Settings, mask, trail
 from tools import Part
 
 if TYPE_CHECKING:
@@ -290,8 +290,9 @@ class Workers:
                 run.log.warning("⚠️ another worker took this run over")
             except (DatabaseDown, DatabaseFault) as error:
                 run.log.error("⚠️ database: %s", error)
-            except Exception as error:
-                run.log.error("⚠️ step failed: %s: %s", type(error).__name__, error, exc_info=error)
+            except BaseException as error:  # whatever it is, this worker goes on; its text may quote a user
+                run.log.error("⚠️ step failed: %s at %s", type(error).__name__, trail(error))
+                run.log.debug("traceback", exc_info=error)
             if self.busy.pop(me, None) is None:
                 return  # taken to be stuck, and replaced
             self.free.release()

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import zoneinfo
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import pydantic
 
 HERE = Path(__file__).parent
 HEX = "[0-9a-fA-F]{32}"
+TRAIL = 8  # places named of where an error came from
 
 log = logging.getLogger("hilo")
 
@@ -230,8 +232,14 @@ def scrub(text: str, secrets: Iterable[str] = ()) -> str:
     return text
 
 
+def trail(error: BaseException) -> str:
+    """Return where an error came from, the deepest place last: `runs.py:254 → gateway.py:382 → gateway.py:430`."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return " → ".join(f"{Path(file).name}:{line}" for file, line in frames[-TRAIL:])
+
+
 class LogFormat(logging.Formatter):
-    """One line a step, with the run's id, scrubbed."""
+    """One line a record, a traceback too, with the run's id, scrubbed."""
 
     converter = time.gmtime  # type: ignore[assignment]
 
@@ -240,7 +248,7 @@ class LogFormat(logging.Formatter):
         self.secrets = tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
-        return scrub(super().format(record), self.secrets)
+        return " ⏎ ".join(scrub(super().format(record), self.secrets).splitlines())
 
 
 class RunLog(logging.LoggerAdapter[logging.Logger]):

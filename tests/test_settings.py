@@ -258,6 +258,15 @@ def test_secret_that_slipped_into_a_line_or_a_traceback_is_masked() -> None:
     assert "sk-secreto-1" not in line and "clave" not in line and "(secret)" in line
 
 
+def test_record_is_one_line_whatever_is_in_it() -> None:
+    try:
+        raise RuntimeError("una\nque sigue")
+    except RuntimeError:
+        record = logging.LogRecord("hilo", logging.ERROR, "", 0, "%s", ("dos\r\nlíneas\u2028tres",), sys.exc_info())
+    line = LogFormat().format(record)
+    assert len(line.splitlines()) == 1 and "dos ⏎ líneas ⏎ tres ⏎ Traceback" in line and line.endswith("que sigue")
+
+
 def test_log_level_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match=r"^LOG_LEVEL='RUIDOSO' cannot be used: it needs DEBUG, INFO"):
         start_log(load_settings({"LOG_LEVEL": "ruidoso"}))
