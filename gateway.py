@@ -37,7 +37,7 @@ from pace import Breaker, Crowded, Pacer
 from runs import Alarm, LeaseLost, Run, Runs, Workers
 from server import BODY_LIMIT, Server
 from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
-from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, clean, parts_of
+from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, clean, model_input, parts_of
 from tools._plugins import UNKNOWN_OUTCOME, Events, Plugins, ToolCall, problem
 from tools._textos import idioma_de, texto
 from upkeep import Upkeep
@@ -868,16 +868,6 @@ class Journey:
 def step(name: str, run: Run) -> None:
     """Name a point between two durable states in the log; the kill tests stop a process at one."""
     run.log.debug("· %s", name)
-
-
-def model_input(value: Any) -> str | list[dict[str, Any]]:
-    """Return what message_to_input gave; raises TypeError for anything but a text or input content parts."""
-    value = clean(value)
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
-        return value
-    raise TypeError(f"message_to_input returns a text or a list of input content parts, not {type(value).__name__}")
 
 
 def sized(parts: list[Part]) -> list[Part]:

@@ -538,7 +538,7 @@ def schema_problem(schema: Json, path: tuple[str, ...]) -> str | None:
             return f"{where}, '{word}' is not permitted."
     if "$ref" in schema and len(schema) > 1:
         return f"{where}, $ref cannot have keywords {set(schema) - {'$ref'}!r}."
-    if not {"type", "anyOf", "$ref", "enum", "const"} & set(schema):
+    if not {"type", "anyOf", "$ref"} & set(schema):
         return f"{where}, schema must have a 'type' key."
     if schema.get("type") == "array" and "items" not in schema:
         return f"{where}, array schema missing items."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from simulator import Simulator
 from tests.conftest import ANA, Hilo, Server, serving, wait_for
 from tests.local_openai import LocalOpenAI, calls, fails, says, script
 from tests.test_webhooks import request
-from tools import Context, Event, Message, Part, ToolError, hookimpl
+from tools import Context, Event, Message, Part, PluginError, ToolError, hookimpl, parts_of
 from tools._plugins import Plugins, ToolCall
 
 GOOD = """
@@ -82,6 +84,11 @@ def broken(*_: Any) -> Any:
     raise RuntimeError("se rompió")
 
 
+def cancelled(*_: Any) -> Any:
+    """A hook that ends as a cancelled task does."""
+    raise asyncio.CancelledError
+
+
 # --- Each hook --------------------------------------------------------------------------------------------
 
 
@@ -113,8 +120,10 @@ PICTURE = [{"type": "input_text", "text": "una foto"}, {"type": "input_image", "
         ("  ", "hola"),
         (7, "hola"),
         ("ho\x00la\ud83d", "hola"),
+        ([{"type": "input_image", "image_url": b"x"}], "hola"),
+        ([{"type": "input_text", "text": "a", "n": float("nan")}], "hola"),
     ],
-    ids=["None", "text", "parts", "empty list", "blank", "wrong type", "bad characters"],
+    ids=["None", "text", "parts", "empty list", "blank", "wrong type", "bad characters", "bytes", "NaN"],
 )
 def test_hook_message_to_input(stage: Stage, given: Any, read: Any) -> None:
     _, _, (asked,) = turn(stage, message_to_input=lambda message, context: given)
@@ -157,6 +166,8 @@ def test_hook_message_to_input_is_asked_once_and_its_result_is_told_later_on(
         (["uno", 7], ["Eco: hola"]),
         ("x" * 2000, ["x" * 1600, "x" * 400]),
         ("ho\x00la\ud83d", ["hola"]),
+        (Part("uno", media_url=7), ["Eco: hola"]),  # type: ignore[arg-type]
+        (Part("uno", to=""), ["Eco: hola"]),
     ],
     ids=[
         "None",
@@ -170,6 +181,8 @@ def test_hook_message_to_input_is_asked_once_and_its_result_is_told_later_on(
         "wrong item",
         "long",
         "bad chars",
+        "wrong file",
+        "to nobody",
     ],
 )
 def test_hook_incoming_message(stage: Stage, given: Any, sent: list[str]) -> None:
@@ -290,6 +303,37 @@ def test_hook_format_reply_with_media_and_templates(direct: Hilo, twilio: Simula
     assert (card.content_sid, card.variables) == (template, {"1": "Ana"})
 
 
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (Part(content_sid="HX", variables={1: Decimal("5.50"), "n\x00": "\ud83dé"}),  # type: ignore[dict-item]
+         Part(content_sid="HX", variables={"1": "5.50", "n": "é"})),
+        (Part("a\x00", "https://x.mx/\x00a.jpg", "", {}), Part("a", "https://x.mx/a.jpg")),
+        (Part("a", to="whatsapp:+5\x00"), Part("a", to="whatsapp:+5")),
+    ],
+)  # fmt: skip
+def test_part_becomes_what_json_and_the_database_take(given: Part, part: Part) -> None:
+    assert parts_of(given) == [part]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        ({"text": 5}, "Part.text is a string, not int"),
+        ({"media_url": b"x"}, "Part.media_url is a string, not bytes"),
+        ({"content_sid": 5}, "Part.content_sid is a string, not int"),
+        ({"to": 5215511110001}, "Part.to is a string, not int"),
+        ({"to": " "}, "Part.to is empty"),
+        ({"variables": ["a"]}, "Part.variables is a mapping, .* not list"),
+        ({"variables": {"1": None}}, "Part.variables: a value is None"),
+    ],
+    ids=str,
+)
+def test_part_of_wrong_types_is_refused_in_words_that_quote_nothing(wrong: dict[str, Any], names: str) -> None:
+    with pytest.raises(PluginError, match=names):
+        parts_of(Part(**{"text": "hola", **wrong}))
+
+
 def test_hook_track_event(
     start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -305,9 +349,12 @@ def test_hook_track_event(
     (event,) = [event for event in seen if event.name == "run_finished"]
     assert (event.run_id, event.address, event.data["outcome"]) == (run["id"], ANA, "answered")
     assert json.dumps(dict(event.data))
-    assert any("track_event" in line and "se rompió" in line for line in caplog.messages)
+    assert any("track_event" in line and "(test_plugins.py:" in line for line in caplog.messages)
+    hilo.plug(track_event=lambda event: cancelled())
     twilio.receive(ANA, "BAJA")
     wait_for(lambda: "opted_out" in [event.name for event in seen])
+    twilio.receive(ANA, "ALTA")
+    wait_for(lambda: "opted_in" in [event.name for event in seen])
 
 
 def test_hook_track_event_that_hangs_holds_up_no_turn(
@@ -368,6 +415,15 @@ def test_entry_point_that_is_not_there_is_reported_with_its_package(install: Cal
     assert report.error == "ModuleNotFoundError: No module named 'paquete_que_no_existe'"
 
 
+def test_entry_point_that_leads_to_a_plugin_again_is_reported_in_one_line(install: Callable[..., None]) -> None:
+    install("paquete_doble", GOOD, "paquete_doble\notro = paquete_doble\nmalo = no-es:un módulo")
+    reports = Plugins().reports
+    assert reports["mio"].error is None and reports["mio"].tools == ["saluda"]
+    assert reports["otro"].error == "PluginError: is loaded already, as paquete_doble:paquete_doble"
+    error = reports["malo"].error or ""
+    assert error == "PluginError: the entry point malo = 'no-es:un módulo' is no module and no module:object"
+
+
 def test_hook_register_routes(install: Callable[..., None], start: Callable[..., Hilo]) -> None:
     install(
         "paquete_paginas",
@@ -405,6 +461,42 @@ def test_raising_implementation_is_logged_with_its_line_and_the_next_is_asked(
     assert all("(test_plugins.py:" in line and line.startswith("run=") for line in failed)
 
 
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        {"incoming_message": lambda message: float(message.text)},
+        {"incoming_message": lambda message: [cancelled()]},
+        {"fallback_reply": lambda message: broken(), "choose_assistant": lambda message: {}[message.text]},
+        {"format_reply": lambda text, message: Part(message.text, media_url=len(text))},  # type: ignore[arg-type]
+    ],
+    ids=["a failure that quotes the user", "cancelled", "KeyError", "wrong result"],
+)
+def test_failure_of_a_hook_costs_no_answer_and_puts_nothing_said_in_the_log(
+    stage: Stage, hooks: dict[str, Callable[..., Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, texts, _ = turn(stage, **hooks)
+    assert (texts, run["outcome"], run["crashes"]) == (["Eco: hola"], "answered", 0)
+    (line,) = [line for line in caplog.messages if "failed (" in line]
+    assert "(test_plugins.py:" in line and "hola" not in line
+
+
+def test_failure_of_a_step_is_logged_with_the_places_it_came_from_and_nothing_said(
+    direct: Hilo, twilio: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Quotes:
+        """An assistant that no step can use."""
+
+        @property
+        def name(self) -> str:
+            raise ValueError("hola, soy Ana")
+
+    direct.gateway.journey.assistants["cursos"] = Quotes()  # type: ignore[assignment]
+    twilio.receive(ANA, "hola")
+    line = wait_for(lambda: next((line for line in caplog.messages if "step failed" in line), None))
+    assert re.search(r"^run=\d+ .*step failed: ValueError at runs.py:\d+ → .*gateway.py:\d+", line)
+    assert "Ana" not in caplog.text
+
+
 def test_later_plugin_is_asked_first_and_the_built_in_last(direct: Hilo, twilio: Simulator) -> None:
     asked: list[str] = []
 
@@ -433,6 +525,11 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
         HEAD + "@hookimpl\ndef format_reply(texto): ...",
         r"mal.py:2: .*format_reply is not given 'texto'",
     ),
+    "async hook": (HEAD + "@hookimpl\nasync def track_event(event): ...", r"mal.py:2: .*ordinary functions, not async"),
+    "generator hook": (HEAD + "@hookimpl\ndef register_tools(register):\n    yield", r"mal.py:2: .*or generators"),
+    "async generator hook": (HEAD + "@hookimpl\nasync def format_reply(text):\n    yield", r"mal.py:2: .*not async"),
+    "by keyword only": (HEAD + "@hookimpl\ndef format_reply(*, text): ...", r"mal.py:2: .*remove the \* before 'text'"),
+    "cancelled at import": (HEAD + "import asyncio\nraise asyncio.CancelledError", r"mal.py:3: CancelledError"),
     "wrapper": (HEAD + "@hookimpl(wrapper=True)\ndef format_reply(text):\n    yield", r"mal.py:2: .*wrappers"),
     "no hookimpl": (HEAD + "def format_reply(text): ...", "no function marked @hookimpl"),
     "syntax error": (HEAD + "def f(:\n    pass", r"mal.py:2: SyntaxError"),
@@ -480,9 +577,12 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     ),
     "duplicate": (
         HEAD + "def saluda():\n    'F.'\nf = saluda\n" + TOOL,
-        r"mal.py:7: PluginError: .*saluda.*another tool",
+        r"mal.py:7: PluginError: .*saluda.*another tool .* in \S+/bien.py",
     ),
-    "twice": (HEAD + "def f():\n    'F.'\n" + TOOL + "    register(f)", r"mal.py:7: PluginError: .*another tool"),
+    "twice": (
+        HEAD + "def f():\n    'F.'\n" + TOOL + "    register(f)",
+        r"mal.py:7: PluginError: .*another tool .* in this plugin",
+    ),
 }  # fmt: skip
 
 
@@ -504,6 +604,11 @@ def test_wrong_plugin_is_reported_by_file_and_line_and_leaves_the_others_alone(
     assert "\n" not in bad.error and "_plugins.py" not in bad.error and "__init__.py" not in bad.error
     assert (bad.tools, bad.hooks) == ([], []) and bad.file == f"{folder.name}/mal.py"
     assert [line for line in caplog.messages if f"{folder.name}/mal.py" in line]
+
+
+def test_file_with_a_dot_in_its_name_is_reported_as_it_is_called() -> None:
+    report = Plugins(["tools.con.punto"]).reports["tools.con.punto"]
+    assert report.file == "tools/con.punto.py" and report.error and "rename it" in report.error
 
 
 def test_hooks_of_a_plugin_that_failed_are_never_called(direct: Hilo, twilio: Simulator) -> None:
@@ -669,7 +774,13 @@ def test_tool_error_reaches_the_model_in_its_own_words() -> None:
     assert call(plugins_with(f), "f") == ('{"error": "No hay cupo en «Excel»."}', False)
 
 
-@pytest.mark.parametrize("harm", [lambda: 1 / 0, sys.exit, Ficha, lambda: b"\xff", lambda: json.loads("{")])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda: 1 / 0, sys.exit, Ficha, lambda: b"\xff", lambda: json.loads("{"), lambda: {"a": 1}["divisible"],
+        cancelled,
+    ],
+)
 def test_any_other_failure_is_a_fixed_sentence_and_logged_with_the_line(
     caplog: pytest.LogCaptureFixture, harm: Callable[[], Any]
 ) -> None:
@@ -677,8 +788,9 @@ def test_any_other_failure_is_a_fixed_sentence_and_logged_with_the_line(
         return harm()
 
     output, ok = call(plugins_with(f), "f")
-    assert not ok and "la herramienta falló" in output and "division" not in output
-    assert [line for line in caplog.messages if "tool f failed" in line]
+    assert not ok and "la herramienta falló" in output and "divisi" not in output
+    (line,) = [line for line in caplog.messages if "tool f failed (test_plugins.py:" in line]
+    assert "divisi" not in line
 
 
 def test_wrong_arguments_go_back_to_the_model_naming_each(

@@ -27,6 +27,12 @@ class Nivel(enum.Enum):
     AVANZADO = "avanzado"
 
 
+class Mezcla(enum.Enum):
+    TODO = "todo"
+    DIEZ = 10
+    NADA = None
+
+
 class Talla(enum.IntEnum):
     CHICA = 1
     GRANDE = 2
@@ -118,6 +124,7 @@ HINTS: dict[str, tuple[Any, Any]] = {
     "UUID": (uuid.UUID, {"type": "string", "format": "uuid"}),
     "Decimal": (Decimal, {"anyOf": [{"type": "number"}, {"type": "string"}]}),
     "path": (pydantic.FilePath, {"type": "string"}),
+    "Literal of several types": (Literal["a", 1], {"type": ["string", "integer"], "enum": ["a", 1]}),
     "Enum": (Nivel, {"$ref": "#/$defs/Nivel"}),
     "described": (Annotated[int, pydantic.Field(description="Cuántos", ge=1)], {
         "type": "integer", "description": "Cuántos", "minimum": 1}),
@@ -158,7 +165,8 @@ COMPOUND = [
     list[Animal], Sede, list[Horario], Nivel | Talla | None, Contacto | Lugar | None,
     Annotated[Contacto, pydantic.Field(description="Quién")],
     Annotated[Grupo, pydantic.Field(description="Cuál")], Talla,
-    list[Literal[1, "dos"]], Annotated[Decimal, pydantic.Field(gt=0, max_digits=8)],
+    list[Literal[1, "dos"]], Mezcla, Mezcla | None, Literal["a", None],
+    Annotated[Decimal, pydantic.Field(gt=0, max_digits=8)],
     dt.timedelta, dt.time, list[dt.datetime], frozenset[Nivel], typing.Union[Grupo, str],  # noqa: UP007
 ]  # fmt: skip
 
@@ -190,6 +198,36 @@ def test_context_is_hidden_and_filled_wherever_it_stands() -> None:
     assert tool.call('{"a": 1, "b": null}', Context(address="whatsapp:+1")) == (1, "whatsapp:+1", "x")
     with pytest.raises(ToolError, match="quien"):
         tool.validate('{"a": 1, "quien": 2}')
+
+
+def test_value_that_may_be_none_is_no_twofold_null() -> None:
+    tool = tool_with(Literal["a", None], None)
+    assert parameter(tool) == {"type": ["string", "null"], "enum": ["a", None]}
+    assert tool_with(Mezcla).parameters["$defs"]["Mezcla"] == {
+        "type": ["string", "integer", "null"], "enum": ["todo", 10, None],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "hint", [Context | None, Annotated[Context | None, "x"], Annotated[Context, "x"], "Context"], ids=str
+)
+def test_context_that_may_be_none_is_the_context(hint: Any) -> None:
+    def f(a: int, quien: hint = None) -> Any:
+        """Hace algo."""
+        return a, quien.address
+
+    f.__annotations__["quien"] = hint
+    tool = make_tool(f)
+    assert list(tool.parameters["properties"]) == ["a"]
+    assert tool.call('{"a": 1}', Context(address="whatsapp:+1")) == (1, "whatsapp:+1")
+
+
+def test_second_context_is_refused() -> None:
+    def f(a: Context, b: Context) -> None:
+        """Hace algo."""
+
+    with pytest.raises(PluginError, match="'a' and 'b' both take the Context"):
+        make_tool(f)
 
 
 def test_tool_without_parameters_is_taken() -> None:
@@ -378,6 +416,13 @@ def test_typed_dict_that_refers_to_itself_is_refused_in_words() -> None:
 def test_default_that_is_a_field_is_refused() -> None:
     with pytest.raises(PluginError, match="Annotated"):
         tool_with(int, pydantic.Field(5, description="x"))
+
+
+def test_default_in_a_fields_description_is_refused_and_one_in_the_signature_counts() -> None:
+    for field in (pydantic.Field(default=5), pydantic.Field(default_factory=int)):
+        with pytest.raises(PluginError, match="'x' its default in the signature"):
+            tool_with(Annotated[int, field])
+    assert tool_with(Annotated[int, pydantic.Field(default=5)], 7).call("{}", Context()) == {"x": 7}
 
 
 @pytest.mark.parametrize(

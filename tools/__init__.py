@@ -181,19 +181,63 @@ def clean(value: Any) -> Any:
 
 
 def parts_of(reply: Any) -> list[Part]:
-    """Return a hook's reply as parts; raises TypeError for anything but a string, a Part or a list of them."""
+    """Return a hook's reply as parts that any database takes; raises PluginError, which quotes nothing of it, for
+    anything but a string, a Part or a list of them."""
     items: Iterable[Any] = reply if isinstance(reply, (list, tuple)) else [reply]
-    parts = []
-    for item in items:
-        if isinstance(item, str):
-            text, rest = clean(item), {}
-        elif isinstance(item, Part):
-            text, rest = clean(item.text), {**vars(item), "variables": clean(item.variables)}
-        else:
-            raise TypeError(f"a reply is a string, a Part or a list of them, not {type(item).__name__}")
-        if text.strip() or rest.get("media_url") or rest.get("content_sid"):
-            parts.append(Part(**{**rest, "text": text}))
-    return parts
+    return [part for item in items if (part := _part_of(item))]
+
+
+def _part_of(item: Any) -> Part | None:
+    """Return one item of a reply as a part, None where it says nothing; raises PluginError."""
+    if isinstance(item, str):
+        return Part(clean(item)) if clean(item).strip() else None
+    if not isinstance(item, Part):
+        raise PluginError(f"a reply is a string, a Part or a list of them, not {_kind(item)}")
+    text, media_url, content_sid, to = (_text(item, name) for name in ("text", "media_url", "content_sid", "to"))
+    if item.to is not None and not to:  # what is meant for an advisor, say, must not reach the user
+        raise PluginError("Part.to is empty; it needs an address, or None for the user")
+    variables = _variables(item.variables)
+    if not (text or media_url or content_sid):
+        return None
+    return Part(text, media_url or None, content_sid or None, variables, to or None)
+
+
+def _text(part: Part, name: str) -> str:
+    """Return one of a part's texts, clean, "" where it is blank or None; raises PluginError."""
+    value = getattr(part, name)
+    if not isinstance(value, str) and (value is not None or name == "text"):
+        raise PluginError(f"Part.{name} is a string, not {_kind(value)}")
+    value = str(clean(value or ""))
+    return value if value.strip() else ""
+
+
+def _variables(given: Any) -> dict[str, str] | None:
+    """Return a template's variables as texts, None where there are none; raises PluginError."""
+    if given is not None and not isinstance(given, Mapping):
+        raise PluginError(f"Part.variables is a mapping, such as {{'1': 'Ana'}}, not {_kind(given)}")
+    if any(value is None for value in (given or {}).values()):
+        raise PluginError("Part.variables: a value is None; each needs a text")
+    return {clean(str(key)): clean(str(value)) for key, value in given.items()} if given else None
+
+
+def model_input(value: Any) -> str | list[dict[str, Any]]:
+    """Return what message_to_input gave; raises PluginError, which quotes nothing of it, for anything but a text or
+    input content parts that JSON can hold."""
+    value = clean(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    if not (isinstance(value, list) and value and all(isinstance(p, dict) and "type" in p for p in value)):
+        raise PluginError(f"message_to_input returns a text or a list of input content parts, not {_kind(value)}")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise PluginError("message_to_input returned input content parts that are no JSON") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    """Return the name of a value's type."""
+    return type(value).__name__
 
 
 class Hooks:
@@ -305,7 +349,7 @@ def make_tool(function: Callable[..., Any], side_effects: bool = False, timeout:
         raise PluginError(f"register({name}): needs a function defined with def")
     if not re.fullmatch("[a-zA-Z0-9_]{1,64}", name):
         raise PluginError(f"{name}: a tool's name has at most 64 letters (a to z, without accents), digits and _")
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise PluginError(f"{name}: tools are ordinary functions, not async ones")
     description = inspect.getdoc(function)
     if not description:
@@ -331,17 +375,32 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[dict[str, Any]
         if parameter.name not in hints:
             raise PluginError(f"{name}: parameter {parameter.name!r} needs a type hint")
         hint = hints[parameter.name]
-        if hint is Context:
-            context_name = parameter.name
-        else:
-            default = ... if parameter.default is parameter.empty else parameter.default
-            if isinstance(default, pydantic.fields.FieldInfo):
-                raise PluginError(
-                    f"{name}: describe {parameter.name!r} with Annotated[type, Field(…)], not as its default"
-                )
+        if not _takes_context(hint):
             # An alias lets a parameter have any name, also one that pydantic keeps for itself ("json", "_x").
-            fields[f"arg_{parameter.name}"] = (_taken(hint, name), pydantic.Field(default, alias=parameter.name))
+            field_ = pydantic.Field(_default(parameter, hint, name), alias=parameter.name)
+            fields[f"arg_{parameter.name}"] = (_taken(hint, name), field_)
+        elif context_name:
+            raise PluginError(f"{name}: {context_name!r} and {parameter.name!r} both take the Context; one suffices")
+        else:
+            context_name = parameter.name
     return fields, context_name
+
+
+def _takes_context(hint: Any) -> bool:
+    """Tell whether a hint is Context, also as `Context | None` or within Annotated."""
+    unions = (typing.Union, types.UnionType, typing.Annotated)
+    return hint is Context or (typing.get_origin(hint) in unions and any(map(_takes_context, typing.get_args(hint))))
+
+
+def _default(parameter: inspect.Parameter, hint: Any, name: str) -> Any:
+    """Return a parameter's default, ... where it has none; raises PluginError where it stands elsewhere."""
+    if isinstance(parameter.default, pydantic.fields.FieldInfo):
+        raise PluginError(f"{name}: describe {parameter.name!r} with Annotated[type, Field(…)], not as its default")
+    bare = parameter.default is parameter.empty
+    notes = [n for n in getattr(hint, "__metadata__", ()) if isinstance(n, pydantic.fields.FieldInfo)]
+    if any(note.default_factory or (bare and not note.is_required()) for note in notes):
+        raise PluginError(f"{name}: give {parameter.name!r} its default in the signature, not in Field(…)")
+    return ... if bare else parameter.default
 
 
 def _schema(name: str, fields: dict[str, Any]) -> tuple[type[pydantic.BaseModel], dict[str, Any]]:
@@ -364,7 +423,9 @@ def _strict(schema: dict[str, Any], name: str) -> dict[str, Any]:
             node = {**definitions[node["$ref"].rsplit("/", 1)[1]], **{k: v for k, v in node.items() if k != "$ref"}}
         if "oneOf" in node:
             node = {**node, "anyOf": node["oneOf"]}
-        if not node.keys() & {"type", "$ref", "anyOf", "enum", "const"}:
+        if "type" not in node and node.keys() & {"enum", "const"}:
+            node = {**node, "type": _types(node.get("enum", [node.get("const")]))}
+        if not node.keys() & {"type", "$ref", "anyOf"}:
             raise PluginError(f"{name}: {path} accepts anything; give it a precise type")
         if node.get("type") == "object" and "properties" not in node and path != name:
             raise PluginError(f"{name}: {path} is a free-form object; use a pydantic model or a TypedDict")
@@ -395,10 +456,18 @@ def _strict(schema: dict[str, Any], name: str) -> dict[str, Any]:
     return strict
 
 
+def _types(values: list[Any]) -> str | list[str]:
+    """Return the JSON type of an enum's values, a list where they have several."""
+    names = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", list: "array"}
+    found = list(dict.fromkeys(names.get(type(value), "object") for value in values))
+    return found[0] if len(found) == 1 else found
+
+
 def _nullable(node: dict[str, Any], optional: bool) -> dict[str, Any]:
     """Return the schema of an optional property so that null stands for "left out"."""
     node = {key: value for key, value in node.items() if key != "default"}
-    if not optional or any(option.get("type") == "null" for option in node.get("anyOf", ())):
+    null = None in node.get("enum", ()) or any(option.get("type") == "null" for option in node.get("anyOf", ()))
+    if not optional or null:
         return node
     description = {"description": node.pop("description")} if "description" in node else {}
     options = node["anyOf"] if set(node) == {"anyOf"} or set(node) == {"anyOf", "title"} else [node]
@@ -466,15 +535,20 @@ def _faults(error: pydantic.ValidationError) -> str:
 
 def author_line(error: BaseException) -> str:
     """Return "file.py:12" for the line of the author's own file that led to an error, "" where there is none."""
-    code = getattr(getattr(error, "function", None), "__code__", None)
-    if code:
-        return f"{Path(code.co_filename).name}:{code.co_firstlineno}"
+    if place := line_of(getattr(error, "function", None)):
+        return place
     if isinstance(error, SyntaxError) and Path(error.filename or "").exists():
         return f"{Path(error.filename or '').name}:{error.lineno}"
     lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
     theirs = [(file, line) for file, line in lines if not _is_ours(file)]
     # The author's file is the first that is not ours; what it calls, the standard library say, may lie deeper.
     return next((f"{file.name}:{line}" for file, line in reversed(theirs) if file == theirs[0][0]), "")
+
+
+def line_of(function: Any) -> str:
+    """Return "file.py:12" for where a function begins, "" where that is not known."""
+    code = getattr(function, "__code__", None)
+    return f"{Path(code.co_filename).name}:{code.co_firstlineno}" if code else ""
 
 
 def _is_ours(file: Path) -> bool:

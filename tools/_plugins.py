@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -31,12 +32,28 @@ log = logging.getLogger("hilo")
 
 @dataclass
 class PluginReport:
-    """What a plugin file gave, or why it could not be loaded."""
+    """What a plugin file gave, or why it could not be loaded: `error` whole, `brief` without what a plugin's own code
+    may have put into it."""
 
     file: str
     tools: list[str] = field(default_factory=list)
     hooks: list[str] = field(default_factory=list)
     error: str | None = None
+    brief: str | None = None
+
+    def failed(self, error: BaseException) -> None:
+        """Take note of why it could not be loaded."""
+        where = tools.author_line(error)
+        self.brief = f"{where + ': ' if where else ''}{type(error).__name__}"
+        self.error = f"{self.brief}: {' '.join(str(error).split())}"
+        if isinstance(error, (PluginError, SyntaxError, ImportError)):  # their texts are ours and Python's
+            self.brief = re.sub(r"(?<![\w.])/\S*/", "", self.error)  # without the folders of this machine
+        self.hooks = []
+
+    def told(self, whole: bool) -> dict[str, Any]:
+        """Return it as JSON, with the whole error or the brief one."""
+        error = self.error if whole else self.brief
+        return {"file": self.file, "tools": self.tools, "hooks": self.hooks, "error": error}
 
 
 class Plugins:
@@ -48,9 +65,10 @@ class Plugins:
         self.tools: dict[str, Tool] = {}
         self.reports: dict[str, PluginReport] = {}
         for name in self.discover() if names is None else names:
-            self.load(name, partial(importlib.import_module, name), f"{name.replace('.', '/')}.py")
+            self.load(name, partial(imported, name), f"{name.replace('.', '/', 1)}.py")
         for entry in importlib.metadata.entry_points(group="hilo.tools") if names is None else ():
-            self.load(entry.name, entry.load, f"{entry.dist.name if entry.dist else '?'}:{entry.value}")
+            file = f"{entry.dist.name if entry.dist else '?'}:{entry.value}"
+            self.load(entry.name, partial(loaded, entry), file)
 
     @staticmethod
     def discover() -> list[str]:
@@ -65,15 +83,16 @@ class Plugins:
         try:
             module = load()
             self.check_hooks(module)
+            if before := self.manager.get_name(module):
+                raise PluginError(f"is loaded already, as {self.reports[before].file}")
             self.manager.register(module, name)
             report.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
             for implementation in self.manager.hook.register_tools.get_hookimpls():
                 if implementation.plugin is module:
                     implementation.function(partial(self.register, mine))
-        except (Exception, SystemExit) as error:
-            where = tools.author_line(error)
-            report.error = f"{where + ': ' if where else ''}{type(error).__name__}: {' '.join(str(error).split())}"
-            report.hooks = []
+        except BaseException as error:
+            let_through(error)
+            report.failed(error)
             if self.manager.has_plugin(name):
                 self.manager.unregister(name=name)
             log.error("⚠️ plugin %s left out: %s", file, report.error)
@@ -106,10 +125,16 @@ class Plugins:
             raise PluginError(f"{name} is no hook of Hilo; there are {known}", function)
         if function.hilo_impl.get("wrapper") or function.hilo_impl.get("hookwrapper"):
             raise PluginError(f"{name}: hook wrappers are not supported", function)
+        odd = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+        if any(kind(function) for kind in odd):
+            raise PluginError(f"{name}: hooks are ordinary functions, not async ones or generators", function)
         given = [parameter for parameter in inspect.signature(hook).parameters if parameter != "self"]
         for parameter in inspect.signature(function).parameters.values():
-            needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-            if needed and parameter.name not in given:
+            if parameter.default is not parameter.empty:
+                continue
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise PluginError(f"{name}: remove the * before {parameter.name!r}, which is given by place", function)
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in given:
                 raise PluginError(f"{name} is not given {parameter.name!r}, but {', '.join(given)}", function)
 
     def register(
@@ -118,7 +143,8 @@ class Plugins:
         """Make a function a tool of the plugin being loaded; raises PluginError on the author's own line."""
         tool = tools.make_tool(function, side_effects, timeout)
         if tool.name in self.tools or tool.name in mine:
-            raise PluginError(f"register({tool.name}): another tool has that name already")
+            where = next((r.file for r in self.reports.values() if tool.name in r.tools), "this plugin")
+            raise PluginError(f"register({tool.name}): another tool has that name already, in {where}")
         mine[tool.name] = tool
 
     def implementations(self, hook: str) -> list[Any]:
@@ -132,7 +158,8 @@ class Plugins:
                 result = implementation.function(*(arguments[name] for name in implementation.argnames))
                 if result is not None:
                     return convert(result)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                let_through(error)
                 self.blame(hook, implementation, error, arguments.get("context"))
         return None
 
@@ -141,17 +168,42 @@ class Plugins:
         for implementation in self.implementations(hook):
             try:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
-            except (Exception, SystemExit) as error:
+            except BaseException as error:
+                let_through(error)
                 self.blame(hook, implementation, error, None)
 
     @staticmethod
     def blame(hook: str, implementation: Any, error: BaseException, context: Context | None) -> None:
         """Log a failure with the plugin's name and line; the traceback is for DEBUG."""
-        where = tools.author_line(error)
-        (context.log if context else log).warning(
-            "⚠️ %s in %s failed (%s): %s: %s", hook, implementation.plugin_name, where, type(error).__name__, error
-        )
-        log.debug("traceback", exc_info=error)
+        where = tools.author_line(error) or tools.line_of(implementation.function)
+        out = context.log if context else log
+        out.warning("⚠️ %s in %s failed (%s): %s", hook, implementation.plugin_name, where, unquoting(error))
+        out.debug("traceback", exc_info=error)
+
+
+def imported(name: str) -> Any:
+    """Return the module of a plugin file, `tools.cursos`; raises PluginError where Python has no name for it."""
+    if name.count(".") > 1:
+        raise PluginError("a file with a dot in its name cannot be imported; rename it")
+    return importlib.import_module(name)
+
+
+def loaded(entry: importlib.metadata.EntryPoint) -> Any:
+    """Return what an entry point leads to; raises PluginError where its value has no form."""
+    if not re.fullmatch(r"[\w.]+\s*(:\s*[\w.]+\s*)?(\[.*\]\s*)?", entry.value):
+        raise PluginError(f"the entry point {entry.name} = {entry.value!r} is no module and no module:object")
+    return entry.load()
+
+
+def unquoting(error: BaseException) -> str:
+    """Return an error's class, for its text may quote a user, and that too where it is our own words."""
+    return f"{type(error).__name__}: {error}" if isinstance(error, PluginError) else type(error).__name__
+
+
+def let_through(error: BaseException) -> None:
+    """Raise what was meant for this process, not for a plugin: Ctrl-C and signals, which reach the main thread."""
+    if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        raise error
 
 
 class Events:
@@ -180,7 +232,7 @@ class Events:
         while (job := self.waiting.get()) is not None:
             try:
                 job()
-            except Exception as error:
+            except BaseException as error:  # whatever it is, the next one is done
                 log.debug("errand failed: %s", type(error).__name__)
 
     def stop(self, seconds: float = 2.0) -> None:
@@ -234,7 +286,7 @@ class ToolCall:
             if not self.left:
                 self.save(*self.output(), self.milliseconds)
                 self.saved = True
-        except Exception as error:  # the database is away: the call counts as begun, with an unknown outcome
+        except BaseException as error:  # the database is away: the call counts as begun, with an unknown outcome
             self.context.log.warning("⚠️ output of %s not saved: %s", self.tool.name, type(error).__name__)
         finally:
             self.give_place_back()
@@ -259,10 +311,10 @@ class ToolCall:
             return clean(text), True
         except ToolError as error:
             return problem(clean(str(error))), False
-        except (Exception, SystemExit) as error:
-            where = tools.author_line(error)
-            self.context.log.error("⚠️ tool %s failed (%s): %s: %s", self.tool.name, where, type(error).__name__, error)
-            log.debug("traceback", exc_info=error)
+        except BaseException as error:
+            where = tools.author_line(error) or tools.line_of(self.tool.function)
+            self.context.log.error("⚠️ tool %s failed (%s): %s", self.tool.name, where, unquoting(error))
+            self.context.log.debug("traceback", exc_info=error)
             return problem("la herramienta falló; responde con lo que sepas y ofrece otra vía"), False
 
     def wait(self, end: float) -> None:
