@@ -36,6 +36,7 @@ from trial import say, show_log, stop_at_once, trial_database, trial_settings, u
 
 PORT = 8001  # of the page, where it is free
 WATCHED = ("tools/*.py", "tools/*.toml", "assistants/*.md")
+REPORTS = "/demo/plugins"  # of the gateway, on this machine only: errors whole, which `/` shows to nobody
 TICK = 0.2  # seconds between looks at the process; files are looked at once a second
 PAUSE = 1.0  # seconds before a gateway that ends by itself is started again
 LAST_WORDS = 4.0  # seconds that a gateway has to end in good order
@@ -181,7 +182,7 @@ class Keeper:
     def plugins(self) -> list[dict[str, Any]]:
         """Return what the gateway says of its plugins; while there is none, what the last one said."""
         with contextlib.suppress(requests.RequestException, ValueError, KeyError):
-            self.reports = requests.get(self.origin, timeout=1).json()["plugins"]
+            self.reports = requests.get(self.origin + REPORTS, timeout=1).json()["plugins"]
         broken = {"file": "gateway.py", "tools": [], "hooks": [], "error": "no arranca: la terminal dice por qué"}
         return [*self.reports, broken] if self.broken else self.reports
 
@@ -215,8 +216,10 @@ class Inherited(gateway.Server):
     """The web server on a socket that the other process holds open."""
 
     def __init__(self, hilo: gateway.Gateway, listener: socket.socket):
+        app = hilo.app()
+        app.route(REPORTS, callback=lambda: {"plugins": [vars(each) for each in hilo.plugins.reports.values()]})
         self.server = waitress.create_server(
-            hilo.app(), sockets=[listener], threads=hilo.settings.web_threads, asyncore_use_poll=True, ident=None,
+            app, sockets=[listener], threads=hilo.settings.web_threads, asyncore_use_poll=True, ident=None,
             max_request_body_size=gateway.BODY_LIMIT, clear_untrusted_proxy_headers=True,
         )  # fmt: skip
         self.port = self.server.effective_port

@@ -33,6 +33,7 @@ import pydantic_core
 from twilio.request_validator import RequestValidator, get_signature_algorithm
 
 from database import Database, DatabaseDown, DatabaseFault, migrate
+from health import Health
 from pace import Breaker, Crowded, Pacer
 from runs import Alarm, LeaseLost, Run, Runs, Workers
 from server import BODY_LIMIT, Server
@@ -921,7 +922,7 @@ class Gateway:
         self.workers = Workers(settings, self.db, self.alarm)
         self.journey = Journey(settings, self.db, self.plugins, self.workers.woken)
         self.upkeep = Upkeep(self)
-        self.last_event: datetime | None = None
+        self.health = Health(settings, self.db, self.journey, VERSION)
 
     def start(self) -> None:
         """Start everything but the web server."""
@@ -952,11 +953,11 @@ class Gateway:
     def app(self) -> bottle.Bottle:
         """Return the WSGI application."""
         app = bottle.Bottle()
-        app.route("/", callback=self.health)
+        app.route("/", callback=self.page)
         app.route("/webhooks/twilio", "POST", self.twilio_webhook)
         app.route("/webhooks/twilio/status", "POST", self.status_webhook)
         app.route("/webhooks/openai", "POST", self.openai_webhook)
-        app.route("/webhooks/openai/health", callback=self.openai_health)
+        app.route("/webhooks/openai/health", callback=self.health.webhook)
         app.default_error_handler = lambda error: self.plain(error.status_code, error.status_line)
         context = Context(settings=self.settings, log=log, services=self.journey)
         self.plugins.each("register_routes", app=app, context=context)
@@ -1011,7 +1012,8 @@ class Gateway:
             form = self.signed_form(bottle.request)
             state = STATES.get(form.get("MessageStatus", ""))
             rows = state and self.db.hurried(
-                "part_status", id=number_of(bottle.request.query.get("m"), 18), sid=form.get("MessageSid"), state=state,
+                "part_status", id=number_of(bottle.request.query.get("m"), 18),
+                sid=clean(form.get("MessageSid")) or None, state=state,
                 code=number_of(form.get("ErrorCode"), 9), gone=form.get("MessageStatus") in LEFT_TWILIO,
             )  # fmt: skip
             for row in rows or ():
@@ -1045,7 +1047,7 @@ class Gateway:
         except Exception as error:  # the SDK raises many kinds, and each means that the event is not to be believed
             log.warning("⚠️ OpenAI webhook refused: %s", type(error).__name__)
             return self.plain(400, "the webhook's signature or body is not valid")
-        self.last_event = datetime.now(UTC)
+        self.health.event_came()
         data = event.get("data")
         response_id = str(data.get("id")) if isinstance(data, dict) else ""
         if event["type"].startswith("response.") and re.fullmatch(r"resp_\w{1,190}", response_id, re.ASCII):
@@ -1055,42 +1057,13 @@ class Gateway:
                 return self.plain(503, str(error))  # OpenAI sends it again
             if woken and not woken[0]["held"]:
                 self.workers.woken(0)
+        self.health.note_event()
         return self.plain(200, "")
 
-    def openai_health(self) -> Any:
-        """Say whether OpenAI's webhook is configured, and when its last event came."""
-        configured = self.settings.openai_webhook_secret is not None
-        return {"configured": configured, "last_event": self.last_event and self.last_event.isoformat()}
-
-    def health(self) -> Any:
-        """Say how each part is: 200 when messages can be taken and answered, 503 when not. No secret in it."""
-        problem, runs = None, []
-        try:
-            runs = self.db.hurried("open_runs")
-        except (DatabaseDown, DatabaseFault) as error:
-            problem = str(error)
-        state = {
-            "status": "ok" if problem is None and self.journey.whatsapp.configured else "error",
-            "version": VERSION,
-            "database": {"ok": problem is None, "error": problem},
-            "assistant": self.assistant_state(),
-            "twilio": {"configured": self.journey.whatsapp.configured},
-            "openai_webhook": self.openai_health(),
-            "plugins": [vars(report) for report in self.plugins.reports.values()],
-            "runs": {row["state"]: row["n"] for row in runs}
-            | {"oldest_due_seconds": max((row["late"] or 0 for row in runs), default=0)},
-        }
-        status = 200 if state["status"] == "ok" else 503
-        return self.plain(status, json.dumps(state, ensure_ascii=False), "application/json")
-
-    def assistant_state(self) -> dict[str, Any]:
-        """Say which assistant answers, or why none does."""
-        name, switched_on = self.settings.assistant_id, self.settings.threads_integration_enabled
-        assistant = self.journey.assistants.get(name or "")
-        enabled = bool(assistant and self.settings.openai_api_key and switched_on)
-        lacking = "OPENAI_API_KEY or ASSISTANT_ID is not set" if switched_on else "switched off"
-        why = legacy_assistant(name) or (None if enabled else lacking)
-        return {"id": name, "model": assistant and assistant.model, "enabled": enabled, "error": why}
+    def page(self) -> Any:
+        """Answer with how each part is."""
+        status, page = self.health.page()
+        return self.plain(status, json.dumps(page, ensure_ascii=False), "application/json")
 
 
 # --- Main -------------------------------------------------------------------------------------------------
@@ -1131,13 +1104,15 @@ def serve(settings: Settings, web: bool = True) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     check_assistant(settings)
+    if not web and not settings.worker_threads:
+        raise ConfigurationError("WORKER_THREADS=0 cannot be used: it needs 1 or more for the command worker")
     chores: list[Callable[[], None]] = []
     with database_of(settings, chores) as url:
         gateway = Gateway(settings, url)
         gateway.upkeep.chores += chores
         prepare(gateway, url)
+        server = Server(gateway, "0.0.0.0", settings.port) if web else None  # before anything has to be stopped
         gateway.start()
-        server = Server(gateway, "0.0.0.0", settings.port) if web else None
         if server:
             server.thread.start()
         log.info("✅ Hilo %s %s", VERSION, f"listens on port {server.port}" if server else "works")

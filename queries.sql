@@ -360,5 +360,8 @@ SELECT :after::bigint AS upto, count(*) AS old, count(*) AS gone FROM gone
 -- name: get
 SELECT value FROM hilo WHERE key = :key
 
+-- name: facts
+SELECT key, value FROM hilo WHERE key = ANY(:keys)
+
 -- name: put
 INSERT INTO hilo VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = excluded.value RETURNING key

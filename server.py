@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import waitress
 
+from settings import ConfigurationError
+
 if TYPE_CHECKING:
     from gateway import Gateway
 
@@ -15,14 +17,18 @@ BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
 
 
 class Server:
-    """A gateway's web application, answered in threads of its own."""
+    """A gateway's web application, answered in threads of its own; raises ConfigurationError without its port."""
 
     def __init__(self, gateway: Gateway, host: str, port: int):
-        self.server = waitress.create_server(
-            gateway.app(), host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500,
-            backlog=2048, asyncore_use_poll=True, channel_timeout=120, max_request_body_size=16 * BODY_LIMIT,
-            clear_untrusted_proxy_headers=True, ident=None,
-        )  # fmt: skip
+        app = gateway.app()
+        try:
+            self.server = waitress.create_server(
+                app, host=host, port=port, threads=gateway.settings.web_threads, connection_limit=1500, backlog=2048,
+                asyncore_use_poll=True, channel_timeout=120, max_request_body_size=16 * BODY_LIMIT,
+                clear_untrusted_proxy_headers=True, ident=None,
+            )  # fmt: skip
+        except OSError as error:
+            raise ConfigurationError(f"PORT={port} cannot be used: {error.strerror}") from None
         self.port = self.server.effective_port
         self.ended = False
         self.thread = threading.Thread(target=self.run, name="web", daemon=True)

@@ -126,6 +126,11 @@ class Settings(pydantic.BaseModel):
         """PUBLIC_URL without a slash at its end, "" where there is none."""
         return (self.public_url or "").rstrip("/")
 
+    def lacks(self, *names: str) -> str | None:
+        """Return the sentence that names those of these variables that are not set, None where all are."""
+        missing = [name for name in names if not getattr(self, name.lower())]
+        return f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set" if missing else None
+
     def secrets(self) -> list[str]:
         """Return every secret value, so that no log line ever has one."""
         held = (getattr(self, name) for name in type(self).model_fields)

@@ -185,7 +185,7 @@ def chat(options: argparse.Namespace) -> int:
         show_log(settings, options.log)
         url = stack.enter_context(trial_database())
         hilo = stack.enter_context(running(settings, url, twilio))
-        say(who_answers(hilo.assistant_state(), settings))
+        say(who_answers(hilo.health.assistant(), settings))
         say("Escribe un mensaje y Enter; Ctrl-D o Ctrl-C para terminar.")
         Conversation(hilo, twilio).hold()
     return 0

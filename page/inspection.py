@@ -45,8 +45,8 @@ FROM messages WHERE run_id = ANY(:runs::bigint[]) AND direction = 'out' ORDER BY
 class Inspection:
     """Callable with an address: its runs and all plugins, in the shape that page/chat.js describes.
 
-    `rows(sql, params)` queries Hilo's database; `plugins()` tells of each plugin its file, tools, hooks and error, as
-    the gateway's `GET /` does.
+    `rows(sql, params)` queries Hilo's database; `plugins()` tells of each plugin its file, tools, hooks and the
+    whole of its error.
     """
 
     def __init__(self, rows: Callable[[str, Mapping[str, Any]], list[dict[str, Any]]],

@@ -23,7 +23,7 @@ from tests.test_chat import PRODUCTION, read_until, servers
 
 PROJECT = Path(localdb.__file__).parent
 ANA = "whatsapp:+5215512345671"
-BROKEN = "from tools import hookimpl\n\n\ndef hora(:\n"
+BROKEN = "from tools import hookimpl\n\n\nraise RuntimeError('falta la clave')\n"
 TOOL = '''from tools import hookimpl
 
 
@@ -115,7 +115,7 @@ def test_demo_answers_on_its_page_reloads_tools_and_outlives_a_kill(
     file = project / "tools" / "reloj.py"
     file.write_text(BROKEN)
     error = wait_for(lambda: (one.plugin("tools/reloj.py") or {}).get("error"), 20)
-    assert error.startswith("reloj.py:4: SyntaxError")
+    assert error == "reloj.py:4: RuntimeError: falta la clave"
     file.write_text(TOOL)
     wait_for(lambda: (one.plugin("tools/reloj.py") or {}).get("tools") == ["hora"], 20)
 

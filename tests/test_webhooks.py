@@ -14,6 +14,7 @@ from urllib.parse import quote_plus, urlencode
 import pytest
 from twilio.request_validator import RequestValidator
 
+from health import SCHEMA
 from settings import load_settings
 from simulator import Simulator
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, Server, environment, serving, wait_for
@@ -283,7 +284,9 @@ def test_without_token_or_public_url_webhooks_are_a_503_that_names_it(
     status, reason = refused(hilo, urlencode(fields()), {"X-Twilio-Signature": "x", **FORM})
     assert status == 503 and lacking in reason
     assert request(hilo, "POST", INBOUND + "/status?m=1", "", {"X-Twilio-Signature": "x", **FORM})[0] == 503
-    assert request(hilo, "GET", "/")[0] == 503
+    status, page = request(hilo, "GET", "/")
+    assert status == 503
+    assert json.loads(page)["twilio"] == {"configured": False, "error": f"{lacking} is not set"}
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,10 @@ def test_database_without_tables_is_a_503_and_an_outage(
     hilo = Hilo(load_settings(environment(empty_database_url, twilio, openai_server, WORKER_THREADS="0"))).start()
     try:
         assert "<Message>" in post(hilo, fields())[1]
-        assert request(hilo, "GET", "/")[0] == 503
+        status, page = request(hilo, "GET", "/")
+        database = json.loads(page)["database"]
+        assert (status, database["ok"], database["schema"]) == (503, False, {"version": None, "needed": SCHEMA})
+        assert database["error"] == "the schema is missing: run python gateway.py migrate"
     finally:
         hilo.stop()
 
@@ -426,6 +432,12 @@ def test_callback_without_the_row_finds_it_by_the_sid(web: Hilo) -> None:
     number = part(web, "sent", "SMporSid")
     assert call_back(web, None, "delivered", sid="SMporSid") == 200
     assert state(web, number)["state"] == "delivered"
+
+
+def test_nul_in_the_sid_of_a_callback_is_no_part_of_it(web: Hilo) -> None:
+    number = part(web)
+    assert [call_back(web, number, "sent", sid=sid) for sid in ("\x00", "SMnu\x00lo")] == [200, 200]
+    assert state(web, number)["sid"] == "SMnulo"
 
 
 @pytest.mark.parametrize("number", [987654321, "²", "9" * 30, "-1", "abc", "", "1 OR 1=1", None])
@@ -566,6 +578,16 @@ def test_openai_health_says_when_the_last_event_came(web: Hilo) -> None:
     assert body["configured"] is True and body["last_event"].startswith(time.strftime("%Y-%m-%dT", time.gmtime()))
 
 
+def test_last_event_is_known_to_every_process_and_after_a_restart(start: Start) -> None:
+    more = {"WORKER_THREADS": "0", "OPENAI_WEBHOOK_SECRET": WEBHOOK_SECRET}
+    hilo, other = start(**more), start(**more)
+    assert [deliver(hilo, EVENT)[0] for _ in range(2)] == [200, 200]
+    pages = [json.loads(request(one, "GET", "/webhooks/openai/health")[1]) for one in (hilo, other)]
+    ours, theirs = (page["last_event"] for page in pages)
+    assert ours > theirs > "2026"  # the first of the two was noted for others, the second came too soon after it
+    assert json.loads(request(other, "GET", "/")[1])["openai_webhook"] == {"configured": True, "last_event": theirs}
+
+
 # --- The health page --------------------------------------------------------------------------------------
 
 
@@ -575,6 +597,7 @@ def test_health_page_has_every_part_and_no_secret_or_number(web: Hilo) -> None:
     page = json.loads(body)
     assert status == 200 and page["status"] == "ok"
     assert set(page) >= {"status", "database", "assistant", "twilio", "openai_webhook", "plugins", "runs", "version"}
+    assert page["database"] == {"ok": True, "error": None, "schema": {"version": SCHEMA, "needed": SCHEMA}}
     assert page["runs"]["queued"] >= 1 and page["runs"]["oldest_due_seconds"] >= 0
     assert page["assistant"] == {"id": "cursos", "model": "gpt-6-luna", "enabled": True, "error": None}
     files = {plugin["file"]: plugin for plugin in page["plugins"]}
@@ -595,17 +618,48 @@ def test_health_page_shows_a_plugin_that_failed_and_serves_on(start: Start) -> N
     assert ["fallback_repply" in plugin["error"] for plugin in json.loads(body)["plugins"] if plugin["error"]] == [True]
 
 
+def test_health_page_shows_of_a_failed_plugins_own_error_its_place_and_class_only(start: Start) -> None:
+    hilo = start(WORKER_THREADS="0")
+    token = hilo.settings.webhook_secret
+
+    def fails(error: Exception) -> Callable[[], Any]:
+        def load() -> Any:
+            raise error
+
+        return load
+
+    for n, error in enumerate((RuntimeError("clave-del-crm"), ImportError(f"no {token} +5215511110001 (/srv/x/y.so)"))):
+        hilo.gateway.plugins.load(f"malo{n}", fails(error), f"tools/malo{n}.py")
+    _, body = request(hilo, "GET", "/")
+    found = [plugin["error"].partition(": ") for plugin in json.loads(body)["plugins"] if plugin["error"]]
+    assert [place.partition(":")[0] for place, _, _ in found] == ["test_webhooks.py"] * 2
+    assert [what for _, _, what in found] == ["RuntimeError", "ImportError: no (secret) +52…0001 (y.so)"]
+    assert "clave-del-crm" in (hilo.gateway.plugins.reports["malo0"].error or "")  # for `tools` and `check`
+
+
+def test_schema_older_than_the_code_is_a_503_that_says_so(start: Start) -> None:
+    hilo = start(WORKER_THREADS="0")
+    hilo.rows("UPDATE hilo SET value = '3' WHERE key = 'schema_version'")
+    status, body = request(hilo, "GET", "/")
+    database = json.loads(body)["database"]
+    assert (status, database["ok"], database["schema"]["version"]) == (503, False, 3)
+    assert "version 3" in database["error"] and "gateway.py migrate" in database["error"]
+
+
 @pytest.mark.parametrize(
     ("more", "error"),
     [
         ({"ASSISTANT_ID": "asst_abc123"}, "2026-08-26"),
         ({"ASSISTANT_ID": "pmpt_abc123"}, "2026-11-30"),
-        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY"),
-        ({"ASSISTANT_ID": ""}, "ASSISTANT_ID"),
+        ({"ASSISTANT_ID": "ventas"}, "assistants/ventas.md: no such file"),
+        ({"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
+        ({"ASSISTANT_ID": ""}, "ASSISTANT_ID is not set"),
+        ({"OPENAI_API_KEY": "", "ASSISTANT_ID": ""}, "OPENAI_API_KEY and ASSISTANT_ID are not set"),
         ({"THREADS_INTEGRATION_ENABLED": "false"}, "switched off"),
     ],
 )
 def test_health_page_says_why_no_assistant_answers(start: Start, more: dict[str, str], error: str) -> None:
     status, body = request(start(WORKER_THREADS="0", **more), "GET", "/")
     assistant = json.loads(body)["assistant"]
-    assert status == 200 and assistant["enabled"] is False and error in assistant["error"]
+    assert status == 200 and assistant["enabled"] is False
+    assert error in assistant["error"] and ("not set" not in error or assistant["error"] == error)
