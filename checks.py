@@ -23,7 +23,7 @@ import gateway
 import localdb
 from database import HERE, Database, DatabaseDown, DatabaseFault, installed_version, schema_version
 from forget import said
-from settings import ConfigurationError, environment, legacy_assistant, load_assistants, mask, read_settings, scrub
+from settings import ConfigurationError, legacy_assistant, load_assistants, mask, read_environment, read_settings, scrub
 from settings import variables as known_variables
 from tools._plugins import Plugins
 from whatsapp import NotSent, WhatsApp
@@ -31,6 +31,7 @@ from whatsapp import NotSent, WhatsApp
 OLDEST_POSTGRESQL = 13
 SOON = timedelta(days=90)  # a model that is shut down within it is worth a warning
 SHORTEST_TOKEN = 16
+LONGEST_DESCRIPTION = 1_024  # characters of a tool's
 OVERDUE = 60.0  # seconds: a run that waits longer for a worker is no accident
 TIMEOUT = 10.0  # seconds for a request to ourselves
 SANDBOX = "whatsapp:+14155238886"  # the number of Twilio's WhatsApp sandbox, the same for everybody
@@ -83,7 +84,7 @@ class Checks:
     """Everything that is checked, in the order in which it is printed."""
 
     def __init__(self, offline: bool):
-        self.environ = environment()
+        self.environ, self.unread = read_environment()
         self.settings, self.bad = read_settings(self.environ)
         self.offline = offline
         self.whatsapp = WhatsApp(self.settings)
@@ -122,6 +123,8 @@ class Checks:
     def variables(self) -> Iterator[Finding]:
         """Check the variables: all that cannot be used, those that belong together, and names that look misspelt."""
         known = known_variables()
+        for line in self.unread:
+            yield fault("settings", line, "correct that file")
         for line in self.bad:
             yield fault("settings", line, "correct it in the environment or .env")
         level = self.environ.get("LOG_LEVEL", "INFO").upper()
@@ -198,6 +201,10 @@ class Checks:
             if report.error:
                 text = f"{report.file} is left out: {report.error}"
                 yield fault("plugins", text, "correct that file")
+        for tool in self.plugins.tools.values():
+            if len(tool.description) > LONGEST_DESCRIPTION:
+                text = f"the docstring of {tool.name} has {len(tool.description):,} characters"
+                yield warning("plugins", text, f"OpenAI takes {LONGEST_DESCRIPTION:,}: make it shorter")
         loaded = [report for report in reports if not report.error]
         yield ok("plugins", f"{len(loaded)} loaded, with the tools {', '.join(sorted(self.plugins.tools)) or '(none)'}")
 

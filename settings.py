@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import logging
 import os
 import re
@@ -17,9 +18,11 @@ from typing import Annotated, Any, Literal
 import dotenv
 import frontmatter
 import pydantic
+from dotenv.parser import parse_stream
 
 HERE = Path(__file__).parent
 HEX = "[0-9a-fA-F]{32}"
+PRINTABLE = "in ASCII without white space or typographic quotes"
 TRAIL = 8  # places named of where an error came from
 
 log = logging.getLogger("hilo")
@@ -56,7 +59,7 @@ class Settings(pydantic.BaseModel):
         "the address Twilio calls, https://host without a path", pattern=r"^https?://[^/\s?#]+/?$"
     )
     twilio_account_sid: str | None = setting("an account sid, AC and 32 hexadecimal digits", pattern=f"^AC{HEX}$")
-    twilio_auth_token: pydantic.SecretStr | None = setting("the account's auth token")
+    twilio_auth_token: pydantic.SecretStr | None = setting(f"the account's auth token, {PRINTABLE}")
     twilio_webhook_secret: pydantic.SecretStr | None = setting("the key that signs webhooks, if not the auth token")
     twilio_from: str | None = setting(
         "whatsapp:+ and the number, or a Messaging Service MG…", pattern=rf"^(whatsapp:\+[0-9]{{5,15}}|MG{HEX})$"
@@ -65,7 +68,7 @@ class Settings(pydantic.BaseModel):
         "the ContentSid (HX…) of a template to send when WhatsApp's 24-hour window is shut", pattern=f"^HX{HEX}$"
     )
     twilio_api_url: str | None = setting("https://host, in place of Twilio's own hosts", pattern=r"^https?://[^/\s?#]+/?$")
-    openai_api_key: pydantic.SecretStr | None = setting("an OpenAI API key")
+    openai_api_key: pydantic.SecretStr | None = setting(f"an OpenAI API key, {PRINTABLE}")
     openai_base_url: str | None = setting("the address of the OpenAI API, https://host/v1", pattern=r"^https?://\S+$")
     openai_webhook_secret: pydantic.SecretStr | None = setting("whsec_ and base64, as OpenAI shows it once")
     assistant_id: str | None = setting("the name of a file in assistants/, without .md", pattern=r"^[\w-]+$")
@@ -80,7 +83,7 @@ class Settings(pydantic.BaseModel):
     db_connections: int = setting("a whole number from 1 to 100", 2, ge=1, le=100)
     retention_days: int = setting("a whole number of days from 1 on, or 0 to keep all for ever", 365, ge=0, le=36500)
     lease_seconds: float = setting("seconds from 0.5 to 600", 10.0, ge=0.5, le=600)
-    admin_token: pydantic.SecretStr | None = setting("a secret that opens the operators' pages")
+    admin_token: pydantic.SecretStr | None = setting(f"a secret that opens the operators' pages, {PRINTABLE}")
     environ: Mapping[str, str] = pydantic.Field(default_factory=dict, exclude=True, repr=False)
 
     @pydantic.field_validator("openai_api_key", "twilio_auth_token", "admin_token")
@@ -142,16 +145,46 @@ def variables() -> dict[str, pydantic.fields.FieldInfo]:
     return {name.upper(): info for name, info in Settings.model_fields.items() if name != "environ"}
 
 
+def read_environment(path: Path = Path(".env")) -> tuple[dict[str, str], list[str]]:
+    """Return the variables of `.env` with those of the process over them, and one line for each line of it that cannot
+    be used, which may hold a secret and is not quoted."""
+    text, faults = file_text(path)
+    lines = list(parse_stream(io.StringIO(text, newline=None)))
+    faults += [f"{path} line {line.original.line} cannot be read: it needs NAME=value" for line in lines if line.error]
+    sound = io.StringIO("".join(line.original.string for line in lines if not line.error))
+    return {**{name: value or "" for name, value in dotenv.dotenv_values(stream=sound).items()}, **os.environ}, faults
+
+
+def file_text(path: Path) -> tuple[str, list[str]]:
+    """Return the text of a file, "" where there is none, and the line that says why it cannot be read."""
+    data = b""
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig"), []
+    except (FileNotFoundError, IsADirectoryError):
+        return "", []
+    except OSError as error:
+        return "", [f"{path} cannot be read: {error.strerror}"]
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        return data.decode("utf-8", "replace"), [f"{path} line {number} cannot be read: it needs to be UTF-8"]
+
+
 def environment() -> dict[str, str]:
-    """Return the variables of `.env` with those of the process over them."""
-    return {**{name: value or "" for name, value in dotenv.dotenv_values(".env").items()}, **os.environ}
+    """Return the variables of `.env` with those of the process over them; raises ConfigurationError for a line of it
+    that cannot be used."""
+    environ, faults = read_environment()
+    if faults:
+        raise ConfigurationError(faults[0])
+    return environ
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
     """Return the settings that can be used, and one line for each variable that cannot."""
-    environ = environment() if environ is None else environ
-    given = {name.lower(): environ[name].strip() for name in variables() if environ.get(name, "").strip()}
     faults: list[str] = []
+    if environ is None:
+        environ, faults = read_environment()
+    given = {name.lower(): environ[name].strip() for name in variables() if environ.get(name, "").strip()}
     while True:
         try:
             return Settings(environ=dict(environ), **given), faults  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import re
@@ -44,8 +45,8 @@ NOT_OURS = {"DATABASE_URL", "PUBLIC_URL", "PORT", "OPENAI_WEBHOOK_SECRET", "WORK
 log = logging.getLogger("hilo")
 
 
-class Stopped(BaseException):
-    """A signal asked to stop."""
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop. As Ctrl-C does, it goes through what catches the errors of plugins."""
 
 
 def ignore_signals() -> None:
@@ -237,6 +238,8 @@ class Conversation:
         self.hilo, self.twilio = hilo, twilio
         self.printed = 0
         self.typed = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is no text is no reason to end
+            sys.stdin.reconfigure(errors="replace")
 
     def hold(self) -> None:
         """Read line after line, each once the one before it is answered."""

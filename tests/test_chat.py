@@ -90,10 +90,11 @@ def test_chat_by_a_pipe_prints_each_answer_before_it_reads_on(
     chat: Callable[..., subprocess.Popen[str]], directory: Path
 ) -> None:
     process = chat()
+    assert process.stdin
     assert "flujo tradicional (sin OPENAI_API_KEY)" in read_until(process, "Escribe")
     write(process, "hola")
     assert "tú>   hola" in read_until(process, "hilo> ¡Hola")
-    write(process, "quiero un curso de excel")
+    os.write(process.stdin.fileno(), b"\xff quiero un curso de excel\n")  # a byte that is no text ends nothing
     output, errors = process.communicate()
     assert "EXC-101" in output
     assert (process.returncode, errors) == (0, "")

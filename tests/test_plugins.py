@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from checks import Checks
 from settings import Assistant
 from simulator import Simulator
 from tests.conftest import ANA, Hilo, Server, serving, wait_for
@@ -609,6 +611,16 @@ def test_wrong_plugin_is_reported_by_file_and_line_and_leaves_the_others_alone(
 def test_file_with_a_dot_in_its_name_is_reported_as_it_is_called() -> None:
     report = Plugins(["tools.con.punto"]).reports["tools.con.punto"]
     assert report.file == "tools/con.punto.py" and report.error and "rename it" in report.error
+
+
+def test_docstring_longer_than_openai_takes_is_a_warning_of_check() -> None:
+    def f() -> None: ...
+
+    f.__doc__ = "Hace algo." * 110
+    with contextlib.closing(Checks(offline=True)) as checks:
+        checks.plugins = plugins_with(f)
+        (warned,) = [found for found in checks.plugin_files() if found.status == "warning"]
+    assert "the docstring of f has 1,100 characters" in warned.text and "1,024" in warned.todo
 
 
 def test_hooks_of_a_plugin_that_failed_are_never_called(direct: Hilo, twilio: Simulator) -> None:

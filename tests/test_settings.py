@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import checks
 import gateway
 from settings import (
     ConfigurationError,
@@ -18,6 +21,7 @@ from settings import (
     load_assistants,
     load_settings,
     mask,
+    read_environment,
     read_settings,
     start_log,
     variables,
@@ -117,6 +121,7 @@ def test_secret_that_cannot_be_used_is_named_and_not_shown(name: str, given: str
     with pytest.raises(ConfigurationError) as caught:
         load_settings({name: given})
     assert str(caught.value).startswith(f"{name}=(secret) cannot be used: it needs ") and given not in str(caught.value)
+    assert name == "OPENAI_WEBHOOK_SECRET" or "ASCII without white space" in str(caught.value)
 
 
 def test_long_value_is_cut_in_the_line() -> None:
@@ -150,6 +155,31 @@ def test_env_file_is_read_and_the_process_goes_over_it(tmp_path: Path, monkeypat
     settings = load_settings()
     assert (settings.port, settings.burst_seconds, settings.get("MI_VARIABLE")) == (9002, 2.5, "hola")
     assert settings.get("VACIA", "x") == "x" and settings.get("NO_HAY") == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "faults"),
+    [
+        (b"PORT=9001\nTWILIO_AUTH_TOKEN='abc\n", [".env line 2 cannot be read: it needs NAME=value"]),
+        (b"PORT=9001\r\nNOTA='a\r\nb'\r\n=secreto\r\n", [".env line 4 cannot be read: it needs NAME=value"]),
+        (b"PORT=9001\nX=secreto\xff\n", [".env line 2 cannot be read: it needs to be UTF-8"]),
+        ("\ufeffPORT=9001\n".encode(), []),
+    ],
+    ids=["a quote without its end", "no name", "not UTF-8", "a mark at its beginning"],
+)
+def test_line_of_the_env_file_that_cannot_be_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, faults: list[str]
+) -> None:
+    (tmp_path / ".env").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert read_environment()[0]["PORT"] == "9001"
+    with contextlib.closing(checks.Checks(offline=True)) as check:
+        assert [found.text for found in check.variables() if found.status == "fault"] == faults
+    if faults:
+        with pytest.raises(ConfigurationError, match=faults[0]):
+            load_settings()
+    else:
+        assert load_settings().port == 9001
 
 
 def test_settings_never_show_a_secret() -> None:
@@ -286,13 +316,24 @@ def test_log_level_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_start_with_a_bad_setting_ends_with_one_line(tmp_path: Path, variables: dict[str, str], line: str) -> None:
+    assert ended(tmp_path, "migrate", variables) == (1, "", line)
+
+
+def test_worker_without_a_thread_to_work_with_ends_with_one_line(tmp_path: Path) -> None:
+    line = "WORKER_THREADS=0 cannot be used: it needs 1 or more for the command worker\n"
+    assert ended(tmp_path, "worker", {"WORKER_THREADS": "0"}) == (1, "", line)
+
+
+def test_serve_on_a_port_that_is_taken_ends_with_one_line(tmp_path: Path, database_url: str) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, errors = ended(tmp_path, "serve", {"PORT": str(port), "DATABASE_URL": database_url})
+    assert (code, errors) == (1, f"PORT={port} cannot be used: Address already in use\n")
+
+
+def ended(directory: Path, command: str, variables: dict[str, str]) -> tuple[int, str, str]:
+    """Return how a command ended, and what it printed on stdout and stderr."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TWILIO_", "OPENAI_"))} | variables
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "gateway.py"), "migrate"],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", line)
+    arguments = [sys.executable, str(ROOT / "gateway.py"), command]
+    process = subprocess.run(arguments, env=env, cwd=directory, capture_output=True, text=True, timeout=60)
+    return process.returncode, process.stdout, process.stderr
