@@ -49,8 +49,9 @@ class ToolError(Exception):
 
 
 class PluginError(Exception):
-    """A plugin that breaks the contract; the text names the function and what to change, `function` is where it stands
-    when the traceback does not tell."""
+    """A plugin that breaks the contract, or a setting of its own that cannot be used. The text, which of all that a
+    hook may raise is alone logged, says what to change and quotes no user; `function` is where it stands when the
+    traceback does not tell."""
 
     def __init__(self, text: str, function: Callable[..., Any] | None = None):
         super().__init__(text)

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from settings import mask
-from tools import Context, Message, Part, ToolError, hookimpl
+from tools import Context, Message, Part, PluginError, ToolError, hookimpl
 from tools._textos import texto
 
 LINEAS, LARGO = 8, 160  # lines of the notice's summary, characters of each
@@ -56,19 +56,19 @@ class Ajustes:
 
 
 def ajustes_de(context: Context) -> Ajustes:
-    """The settings; raises ValueError naming the variable and what it needs."""
+    """The settings; raises PluginError naming the variable and what it needs."""
     leer = context.settings.get
     nombrados = [parte.strip() for parte in leer("ASESORES").split(",") if parte.strip()]
     asesores = tuple(f"whatsapp:{parte}" if parte[0] == "+" else parte for parte in nombrados)
     for asesor in asesores:
         if not re.fullmatch(r"whatsapp:(\+\d{7,15}|[A-Z]{2}\.\w+)", asesor):
-            raise ValueError(f"ASESORES={asesor!r} cannot be used: it needs whatsapp:+ and a number, with commas")
+            raise PluginError(f"ASESORES={asesor!r} cannot be used: it needs whatsapp:+ and a number, with commas")
     webhook = leer("ASESOR_WEBHOOK_URL")
     if webhook and not seguro(webhook):
-        raise ValueError("ASESOR_WEBHOOK_URL cannot be used: it needs https://host/…")
+        raise PluginError("ASESOR_WEBHOOK_URL cannot be used: it needs https://host/…")
     minutos = leer("ASESOR_MINUTOS", "60")
     if not re.fullmatch(r"\d{1,5}(\.\d+)?", minutos) or not float(minutos):
-        raise ValueError(f"ASESOR_MINUTOS={minutos!r} cannot be used: it needs minutes above 0")
+        raise PluginError(f"ASESOR_MINUTOS={minutos!r} cannot be used: it needs minutes above 0")
     return Ajustes(asesores, webhook, float(minutos), leer("ASESOR_TEMPLATE_SID"), leer("ASESOR_CONTACTO"))
 
 

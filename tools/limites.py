@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from tools import Context, Message, Part, hookimpl
+from tools import Context, Message, Part, PluginError, hookimpl
 from tools._textos import texto
 
 VIGENCIA = 2.0  # seconds for which a sum of the day's tokens is good
@@ -65,11 +65,11 @@ class Ajustes:
 
 
 def ajustes_de(context: Context) -> Ajustes:
-    """The settings; raises ValueError naming the variable and what it needs."""
+    """The settings; raises PluginError naming the variable and what it needs."""
     precios = dict(precio(parte) for parte in context.settings.get("LIMITE_PRECIOS").split(",") if parte.strip())
     dolares = numero(context, "LIMITE_COSTO_DIA", "0")
     if dolares and not precios:
-        raise ValueError("LIMITE_COSTO_DIA needs LIMITE_PRECIOS=model=input/output, in dollars for a million tokens")
+        raise PluginError("LIMITE_COSTO_DIA needs LIMITE_PRECIOS=model=input/output, in dollars for a million tokens")
     return Ajustes(
         minuto=int(numero(context, "LIMITE_MINUTO", "20")), dia=int(numero(context, "LIMITE_DIA", "200")),
         tokens=int(numero(context, "LIMITE_TOKENS_DIA", "0")), dolares=dolares, precios=precios,
@@ -81,7 +81,7 @@ def numero(context: Context, nombre: str, valor: str) -> float:
     """A setting that is a number, 0 or more."""
     valor = context.settings.get(nombre, valor)
     if not re.fullmatch(r"\d+(\.\d+)?", valor):
-        raise ValueError(f"{nombre}={valor!r} cannot be used: it needs a number, 0 for no limit")
+        raise PluginError(f"{nombre}={valor!r} cannot be used: it needs a number, 0 for no limit")
     return float(valor)
 
 
@@ -89,18 +89,18 @@ def precio(parte: str) -> tuple[str, tuple[float, float]]:
     """A model and its prices: "gpt-6-luna=0.25/2"."""
     leido = re.fullmatch(r"\s*([\w.:-]+)\s*=\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", parte)
     if not leido:
-        raise ValueError(f"LIMITE_PRECIOS={parte!r} cannot be used: it needs model=input/output, with commas")
+        raise PluginError(f"LIMITE_PRECIOS={parte!r} cannot be used: it needs model=input/output, with commas")
     return leido[1], (float(leido[2]), float(leido[3]))
 
 
 def contar(context: Context, ajustes: Ajustes, sql: str, **valores: Any) -> list[dict[str, Any]]:
-    """The rows of a statement about days, which begin where ZONA_HORARIA is; raises ValueError where it is nowhere."""
+    """The rows of a statement about days, which begin where ZONA_HORARIA is; raises PluginError where it is nowhere."""
     try:
         return context.query(sql, zona=ajustes.zona, **valores)
     except Exception as error:
         if getattr(error, "sqlstate", "") != "22023":
             raise
-        raise ValueError(f"ZONA_HORARIA={ajustes.zona!r} cannot be used: it needs Area/City") from None
+        raise PluginError(f"ZONA_HORARIA={ajustes.zona!r} cannot be used: it needs Area/City") from None
 
 
 # --- Messages -------------------------------------------------------------------------------------------------
