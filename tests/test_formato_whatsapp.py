@@ -24,13 +24,21 @@ def units(text: str) -> int:
 EXAMPLES = {
     # bold, italics, strike
     "**negrita** y __negrita__": "*negrita* y *negrita*",
-    "*cursiva* y _cursiva_": "_cursiva_ y _cursiva_",
+    "*cursiva*, _cursiva_ y **negrita**": "_cursiva_, _cursiva_ y *negrita*",
+    "Hay *Excel* y _Word_:\n• *Nota:* hoy": "Hay *Excel* y _Word_:\n• *Nota:* hoy",  # as WhatsApp itself has it
     "***todo*** y **muy _bueno_**": "_*todo*_ y *muy _bueno_*",
     "~~antes~~ ~ahora~": "~antes~ ~ahora~",
     "**dos\nlíneas**": "*dos*\n*líneas*",
     "<b>negrita</b> <i>cursiva</i> <u>otro</u>": "*negrita* _cursiva_ otro",
     "**S**istema **O**perativo": "Sistema Operativo",
     "**sin cerrar": "**sin cerrar",
+    # marks with a letter on one side and punctuation or a space on the other
+    "**Precio:**1,200 y ~~1,500 €~~1,200": "*Precio:* 1,200 y ~1,500 €~ 1,200",
+    "**¡Oferta!**Solo hoy, **50 %**de, **(y)**z": "*¡Oferta!* Solo hoy, *50 %* de, *(y)* z",
+    "** Excel**: a, **Word **: b, **Access **c": "*Excel*: a, *Word*: b, *Access* c",
+    "texto**🎓 Curso**, **🎓 Curso**texto": "texto *🎓 Curso*, 🎓 Cursotexto",
+    "**uno**\n**dos**y": "*uno*\ndosy",
+    "$100** al mes. **Aplican restricciones": "$100** al mes. **Aplican restricciones",
     # code
     "usa `=SUMA(A1:A5)` aquí": "usa `=SUMA(A1:A5)` aquí",
     "`a_b*c*`": "`a_b*c*`",
@@ -40,6 +48,10 @@ EXAMPLES = {
     "```\nsin cerrar": "```sin cerrar```",
     "```hola\nmundo```": "```hola\nmundo```",
     "a\n```\n```\nb": "a\nb",
+    "```pasos\n```": "```pasos```",
+    "a ``` b": "a ''' b",
+    "`` ```c``` ``": "```'''c'''```",
+    "`【1:2†a.pdf】``": "` ``",
     "- paso\n  ```\n  x\n    y\n  ```\n- otro": "- paso\n```x\n  y```\n- otro",
     "> ```\n> x\n> ```\n> fin": "```x```\n> fin",
     # headings and rules
@@ -91,7 +103,11 @@ EXAMPLES = {
     # entities, escapes, HTML
     "a &amp; b &lt;c&gt; &aacute;&nbsp;x": "a & b <c> á\u00a0x",
     "uno<br>dos<br/>tres": "uno\ndos\ntres",
-    r"\*no\* 1\. \_x\_": "*no* 1. _x_",
+    r"\*no\* 1\. \_x\_ &#42;no&#42;": "∗no∗ 1. ˍxˍ ∗no∗",  # WhatsApp has no escapes: these are look-alikes
+    r"\*Aplican restricciones a snake\_case\_name, 2 \~ 3 \~ 4": "*Aplican restricciones a snake_case_name, 2 ~ 3 ~ 4",
+    r"**Hoy**\*": "*Hoy*∗",
+    r"[https://x.mx/a\_b](https://x.mx/a_b) https://x.mx/\_a\_": "https://x.mx/a_b https://x.mx/_a_",
+    '<a href="https://x.mx" rel=a>sin cerrar': '<a href="https://x.mx" rel=a>sin cerrar',
     "Escribe <tu nombre>": "Escribe <tu nombre>",
     # citations
     "Dura 8 h 【4:0†source】. Sí【12†plan 【2】.": "Dura 8 h. Sí【12†plan.",
@@ -102,7 +118,7 @@ EXAMPLES = {
     "Dura 8 h citeturn0search1turn0search2, 【1】 y 【2】cuesta $5": "Dura 8 h, y cuesta $5",
     'Con \ue200entity\ue202["people","Ana Paz",0]\ue201.': "Con Ana Paz.",
     # what only looks like markup
-    "5 * 3 * 2 = 30, 5*3*2, 2**3**2": "5 * 3 * 2 = 30, 5*3*2, 2**3**2",
+    "5 * 3 * 2 = 30, 5*3*2, 2**3**2, x**2 + y**2": "5 * 3 * 2 = 30, 5*3*2, 2**3**2, x**2 + y**2",
     "snake_case_name y otro_nombre_": "snake_case_name y otro_nombre_",
     "https://x.mx/_a_/*b*/c__d__?e=*f*": "https://x.mx/_a_/*b*/c__d__?e=*f*",
     "*️⃣ uno *️⃣ dos #️⃣": "*️⃣ uno *️⃣ dos #️⃣",
@@ -231,7 +247,7 @@ def test_any_text_gives_parts_that_twilio_takes(text: str, times: int) -> None:
 
 WORD = st.just("palabra")
 SIGNS = st.sampled_from(
-    [" ", " ", " ", "\n", "\n\n", ". ", *"*_~|`<>[])", "**", "~~", "](", "![", "<br>", "&amp;", "\\"]
+    [*"   *_~|`<>[])\\\n", "\n\n", ". ", "**", "**: ", "~~", "](", "![", "<br>", "&amp;", "<a href=palabra>"]
 )
 BLOCKS = st.sampled_from(["\n- ", "\n  - ", "\n2. ", "\n# ", "\n> ", "\n```\n", "\n---\n", "\n    "])
 MIXED = st.lists(st.one_of(WORD, WORD, SIGNS, BLOCKS), max_size=100)
@@ -251,7 +267,7 @@ def in_order(words: list[str], text: str) -> bool:
 @quickly
 @given(MIXED, st.integers(0, 3))
 def test_any_markup_keeps_every_word_in_order(pieces: list[str], filler: int) -> None:
-    words = [f"{piece}{number}q" if piece == "palabra" else piece for number, piece in enumerate(pieces)]
+    words = [piece.replace("palabra", f"palabra{number}q") for number, piece in enumerate(pieces)]
     text = ("relleno de texto " * 60 * filler) + re.sub("``+(?!\n)", "`", "".join(words))  # ```word is a language
     assume(not re.search(r"\n```(?!\n)", text))
     assert in_order(re.findall(r"palabra\d+q", text), "".join(whatsapp_parts(text)))
@@ -283,6 +299,35 @@ def test_formatting_is_balanced_in_each_part(text: str) -> None:
         for line in "\n".join(outside).split("\n"):
             assert all(line.count(mark) % 2 == 0 for mark in "*_~`"), line
             assert not re.search(r"(?<!\S)[*_~]+(?!\S)", line), line  # no mark stands alone
+
+
+# Spans whose marks do not stand as CommonMark wants them to.
+SLOPPY = st.builds(
+    lambda before, mark, space, text, end, after: f"{before}{mark}{space}{text}{end}{mark}{after}",
+    st.sampled_from(["", "", "y ", "(", "¡", "texto", "1"]),
+    st.sampled_from(["**", "~~"]),
+    st.sampled_from(["", "", " "]),
+    st.sampled_from(["Precio:", "50 %", "(y)", "🎓 Curso", "¡Oferta!", "Excel", "a _b_ c"]),
+    st.sampled_from(["", "", " "]),
+    st.sampled_from(["", "texto", "1,200", ": x", ", y", "… z", " w"]),
+)
+SHOWN = re.compile(r"(?<![^\W_])([*~_])(?=\S)[^\n]*?(?<=\S)\1(?![^\W_])")  # what WhatsApp takes for a span
+
+
+@quickly
+@given(SLOPPY)
+def test_sloppy_marks_become_formatting_or_go_and_no_text_with_them(markdown: str) -> None:
+    literal = r"\S(**|~~) .*(**|~~)|(^| )(**|~~) .* (**|~~)|\w(**|~~)\w[^*~]* "  # $5** al, 2 ** 3 ** 4, x**2 + y**2
+    assume(not re.search(literal.replace("**", r"\*\*"), markdown))
+    (part,) = whatsapp_parts(markdown)
+    assert re.sub(r"[\s*~_]", "", part) == re.sub(r"[\s*~_]", "", markdown)
+    assert not re.search(r"[*~]", SHOWN.sub(lambda span: re.sub(r"[*~_]", "", span[0]), part)), part
+
+
+@quickly
+@given(st.lists(st.sampled_from([*r"\* \_ \~ \`".split(), "a", "1", " ", ".", "\n", "🙂"]), max_size=30).map("".join))
+def test_escaped_signs_never_become_formatting(markdown: str) -> None:
+    assert not any(SHOWN.search(part) for part in whatsapp_parts(f"x {markdown}"))
 
 
 @quickly

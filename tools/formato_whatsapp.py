@@ -11,21 +11,27 @@ https://www.twilio.com/docs/api/errors/21617.
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from markdown_it import MarkdownIt
-from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline import StateInline, entity, escape
+from markdown_it.rules_inline.emphasis import tokenize as emphasis
+from markdown_it.rules_inline.state_inline import Delimiter
+from markdown_it.rules_inline.strikethrough import tokenize as strikethrough
 from markdown_it.token import Token
 
 from tools import Context, Message, Part, hookimpl
+
+Rule = Callable[[StateInline, bool], bool]
 
 LIMIT = 1600  # UTF-16 code units in a message, as Twilio counts them
 LONGEST_ATOM = 800  # a longer word is cut, so that an atom always fits with its marks and its line's prefix
 DEEPEST = 20  # levels of nested lists and quotes; deeper than that is no formatting
 
 FENCE = "```"
+QUOTES = "'''"  # in place of a fence that would end code too soon, or begin some
 STYLES = {
     **dict.fromkeys(["strong", "b", "h1", "h2", "h3", "h4", "h5", "h6"], "*"),
     **dict.fromkeys(["em", "i"], "_"),
@@ -60,14 +66,24 @@ _MARKER = r"""(?:
     | \b(?:file|nav)?cite(?:turn\d+[a-z]+\d+)+\b
 )"""
 _CITATION = re.compile(rf"[ \t]{_MARKER}(?!\w) | {_MARKER} | [\ue201-\ue20f]", re.VERBOSE)
+_BETWEEN_TICKS = re.compile(rf"(?<=`)(?:[ \t]?{_MARKER} | [\ue201-\ue20f])+(?=`)", re.VERBOSE)  # which would meet
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+# WhatsApp has no escapes. A sign that the model escaped is a character of the private use area until it is known what
+# stands beside it: then it is itself again, or one that looks like it where WhatsApp would take it for a mark.
+SIGNS = "*_~`"
+LOOK_ALIKES = dict(zip(SIGNS, "∗ˍ∼ˋ", strict=True))
+STAND_INS = dict(zip("\ue210\ue211\ue212\ue213", SIGNS, strict=True))
+_ESCAPED = str.maketrans({sign: stand_in for stand_in, sign in STAND_INS.items()})
+_PLAIN = str.maketrans(STAND_INS)
+_NO_STAND_INS = str.maketrans(dict.fromkeys(STAND_INS, ""))
 
 
 def _clean(text: str) -> str:
     """Return the text without citation markers, control characters and halves of surrogate pairs."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
     text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _CITATION.sub("", _ENTITY.sub(r"\1", text))
+    return _CITATION.sub("", _BETWEEN_TICKS.sub(" ", _ENTITY.sub(r"\1", text))).translate(_NO_STAND_INS)
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------
@@ -76,11 +92,16 @@ def _clean(text: str) -> str:
 _URL = re.compile(r"://(?:(?!\*\*|~~)[^\s<>\[\]`\"\\|])*(?<![*_~.,;:!?'()»”])")
 _STARS = re.compile(r"(?<=[^\W_])\*(?=[^\W_*])|(?<=\d)\*+(?=\d)")  # 5*3*2, 2**3
 _KEYCAP = re.compile("\\*\ufe0f?\u20e3")
+_BRACKET = re.compile(r"!?\[")
+_LITERAL = {":": (_URL,), "*": (_STARS, _KEYCAP)}
 
 
 def _literal(state: StateInline, silent: bool) -> bool:
-    """Inline rule: take URLs and asterisks inside words as they are."""
-    patterns = {":": [_URL], "*": [_STARS, _KEYCAP]}.get(state.src[state.pos], [])
+    """Inline rule: take URLs, asterisks inside words and brackets that no link follows as they are."""
+    sign = state.src[state.pos]
+    patterns = _LITERAL.get(sign, ())
+    if sign in "![" and state.src.find("](", state.pos) < 0:  # to look for a link at each takes long
+        patterns = (_BRACKET,)
     for pattern in patterns:
         match = pattern.match(state.src, state.pos)
         if match and match.end() > state.pos:
@@ -89,6 +110,83 @@ def _literal(state: StateInline, silent: bool) -> bool:
             state.pos = match.end()
             return True
     return False
+
+
+def _marked(rule: Rule) -> Rule:
+    """Return an inline rule that notes where it found marks, and what was escaped."""
+
+    def marked(state: StateInline, silent: bool) -> bool:
+        start, count = state.pos, len(state.tokens)
+        found = rule(state, silent)
+        for token in state.tokens[count:]:
+            token.meta["at"] = start
+            if token.type == "text_special":
+                token.content = token.content.translate(_ESCAPED)
+        return found
+
+    return marked
+
+
+@dataclass(slots=True)
+class _Run:
+    """Two asterisks or tildes in a row, and where they are in the source."""
+
+    start: int
+    delimiters: list[Delimiter]
+    before: str  # the characters beside them
+    after: str
+
+    @property
+    def in_word(self) -> bool:
+        return self.before.isalnum() and self.after.isalnum()
+
+    def set(self, opens: bool, closes: bool) -> None:
+        """Say what the run may do."""
+        for delimiter in self.delimiters:
+            delimiter.open, delimiter.close = opens, closes
+
+
+def _pair_in_lines(state: StateInline) -> None:
+    """Inline rule, run before marks are paired: ** and ~~ are a pair with the next of their kind in the line.
+
+    CommonMark leaves marks that have a letter on one side and punctuation on the other, "**Precio:**100"."""
+    for delimiters in (state.delimiters, *(meta["delimiters"] for meta in state.tokens_meta if meta)):
+        for sign in "*~":
+            runs = _runs(state, [d for d in delimiters if d.marker == ord(sign)])
+            n = 0
+            while n + 1 < len(runs):
+                first, second = runs[n : n + 2]
+                between = state.src[first.start + 2 : second.start]
+                paired = "\n" not in between and _is_pair(first, second, between, n + 2 == len(runs))
+                if paired:
+                    first.set(opens=True, closes=False)
+                    second.set(opens=False, closes=True)
+                    last = state.tokens[second.delimiters[0].token - 1]
+                    if second.after in ",.:;!?" and last.type == "text":  # "**Excel **: …"
+                        last.content = last.content.rstrip(" ")
+                n += 2 if paired else 1
+
+
+def _runs(state: StateInline, delimiters: list[Delimiter]) -> list[_Run]:
+    """Return the runs of exactly two signs among delimiters of one sign."""
+    runs = []
+    for start, group in itertools.groupby(delimiters, key=lambda d: state.tokens[d.token].meta.get("at", -1)):
+        members = list(group)
+        if sum(len(state.tokens[d.token].content) for d in members) == 2 and start >= 0:
+            before, after = state.src[start - 1 : start] if start else "", state.src[start + 2 : start + 3]
+            runs.append(_Run(start, members, before or "\n", after or "\n"))
+    return runs
+
+
+def _is_pair(first: _Run, second: _Run, between: str, last: bool) -> bool:
+    """Return whether two runs in a line are the beginning and the end of one span."""
+    if first.in_word and second.in_word and " " in between:  # x**2 + y**2
+        first.set(opens=False, closes=False)
+        second.set(opens=False, closes=False)
+        return False
+    opens = not first.after.isspace() or (first.before.isspace() and not second.before.isspace())
+    closes = not second.before.isspace() or not second.after.isalnum() or (last and not first.in_word)
+    return opens and closes and bool(between.strip()) and not (first.after.isspace() and second.before.isspace())
 
 
 class _Markdown(MarkdownIt):
@@ -101,6 +199,11 @@ class _Markdown(MarkdownIt):
         # and blocks of HTML would take text away.
         self.disable(["code", "lheading", "reference", "html_block"])
         self.inline.ruler.before("newline", "literal", _literal)
+        for rule in (escape, entity):
+            self.inline.ruler.at(rule.__name__, _marked(rule))
+        self.inline.ruler.at("emphasis", _marked(emphasis))
+        self.inline.ruler.at("strikethrough", _marked(strikethrough))
+        self.inline.ruler2.before("balance_pairs", "pair_in_lines", _pair_in_lines)
         self.parse("-")  # compiles the rules, which two threads must not do at once
 
     def normalizeLink(self, url: str) -> str:
@@ -173,25 +276,29 @@ _TAG = re.compile(r"<(/?)([a-z][a-z0-9]*)(?=[\s/>])(?:[^>]*?\bhref\s*=\s*[\"']?(
 _WEB = re.compile(r"^(mailto:|tel:|https?://)?(www\.)?")
 _LANGUAGE = re.compile(r"[\w+#.-]*")
 _CELL_BORDER = re.compile(r"(?<!\\)\|")
+# A text with none of these may well be written as WhatsApp has it, where *one* asterisk is bold.
+_OF_MARKDOWN = re.compile(r"\*\*|\]\(|^\s*(?:#{1,6}\s|\|)", re.MULTILINE)
 
 
 def _read(text: str) -> list[Atom]:
     """Return a Markdown text as atoms; its bare words where it has no formatting that makes sense."""
     tokens = _MARKDOWN.parse(text)
-    reader = _Reader(text)
+    reader = _Reader(text, star="_" if _OF_MARKDOWN.search(text) else "*")
     if all(token.level < DEEPEST - 1 for token in tokens):  # the parser leaves out what is deeper
         reader.run(tokens)
     if not reader.atoms:
         for line in text.split("\n"):
             reader.new_line()
             reader.words(line)
-    return _without_marks_in_words(reader.atoms)
+    return _unescaped(_with_marks_that_show(reader.atoms))
 
 
 class _Reader:
     """Turns tokens into atoms; each method named like a type of token takes such a token."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, star: str) -> None:
+        self.star = star  # what one asterisk means
+        self.anchors = 0  # </a> to come in the paragraph
         self.atoms: list[Atom] = []
         self.source = text.split("\n")
         self.line = 0  # of the source
@@ -211,7 +318,7 @@ class _Reader:
         """Read tokens in order; a type without a method of its own shows nothing."""
         for token in tokens:
             if token.nesting and token.tag in STYLES:
-                self.style(STYLES[token.tag], token.nesting)
+                self.style(self.star if token.markup == "*" else STYLES[token.tag], token.nesting)
             handler = getattr(self, token.type, None)
             if handler:
                 handler(token)
@@ -276,7 +383,9 @@ class _Reader:
         if self.rows is not None:
             self.rows[-1].cells.append(token)
             return
-        self.run(token.children or ())
+        children = token.children or ()
+        self.anchors = sum(child.type == "html_inline" and child.content[:3].lower() == "</a" for child in children)
+        self.run(children)
         while self.links:
             self.link_close()
         while self.html:
@@ -305,7 +414,7 @@ class _Reader:
     def code_inline(self, token: Token) -> None:
         start = len(self.atoms)
         mark = FENCE if "`" in token.content else "`"
-        self.words(token.content, () if FENCE in token.content else (mark,))
+        self.words(token.content.replace(FENCE, QUOTES), (mark,))
         self.glue(start)
 
     def html_inline(self, token: Token) -> None:
@@ -315,9 +424,10 @@ class _Reader:
             self.new_line()
         elif name in STYLES:
             self.html_style(STYLES[name], bool(closing))
-        elif name == "a" and href:
+        elif name == "a" and href and self.anchors:
             self.links.append((href, len(self.atoms)))
         elif name == "a" and closing and self.links:
+            self.anchors -= 1
             self.link_close()
         elif name not in SILENT_TAGS:
             self.words(token.content)  # "escribe <tu nombre>" is text
@@ -342,7 +452,7 @@ class _Reader:
     def link_close(self, token: Token | None = None) -> None:
         href, start = self.links.pop()
         target = _target(href)
-        label = "".join(atom.gap + atom.text for atom in self.atoms[start:]).strip()
+        label = "".join(atom.gap + atom.text for atom in self.atoms[start:]).translate(_PLAIN).strip()
         if label and target and _same(label, target):
             self.replace(start, target)
         elif target:
@@ -434,7 +544,7 @@ class _Reader:
         closed = len(last) >= len(token.markup) and not last.strip(token.markup)
         if not closed or not _LANGUAGE.fullmatch(info):  # WhatsApp's own way: ```the code begins on this line
             content = f"{info}\n{content.removesuffix(token.markup)}".strip("\n")
-        return content.replace(FENCE, "'''").split("\n") if content.strip() else []
+        return (content if content.strip() else info).replace(FENCE, QUOTES).split("\n") if content or info else []
 
     # Tables
 
@@ -510,14 +620,69 @@ def _same(label: str, target: str) -> bool:
     return bare == bare_target or (target.strip("+").isdigit() and re.sub(r"[\s()-]", "", label) == target)
 
 
-def _without_marks_in_words(atoms: list[Atom]) -> list[Atom]:
-    """Return the atoms without marks that have a letter or digit on both sides, which WhatsApp shows as they are."""
-    for before, after in itertools.pairwise(atoms):
-        joined = not after.gap and before.text[-1:].isalnum() and after.text[:1].isalnum()
-        if joined and before.marks != after.marks:
-            for atom in (before, after):
-                atom.marks = tuple(mark for mark in atom.marks if mark not in "*_~")
+def _with_marks_that_show(atoms: list[Atom]) -> list[Atom]:
+    """Return the atoms without marks that WhatsApp would show as they are, having a letter or digit outside: those in
+    the middle of a word go, others get a space."""
+    for n in range(1, len(atoms)):
+        before, after = atoms[n - 1], atoms[n]
+        if after.gap or before.marks == after.marks:
+            continue
+        kept = _kept(before, after)
+        closing, opening = ([mark for mark in atom.marks[kept:] if mark in "*_~"] for atom in (before, after))
+        ends, begins = before.text[-1:].isalnum(), after.text[:1].isalnum()
+        if ends and begins:
+            _unmark(_line(atoms, n - 1, -1), closing)
+            _unmark(_line(atoms, n, 1), opening)
+        elif (begins and closing and not opening) or (ends and opening and not closing):
+            after.gap = " "
     return atoms
+
+
+def _unmark(atoms: Iterable[Atom], marks: Sequence[str]) -> None:
+    """Take marks off the first atoms, as far as they have them."""
+    line = list(atoms) if marks else []
+    for mark in marks:
+        for atom in itertools.takewhile(lambda atom: mark in atom.marks, line):  # noqa: B023
+            atom.marks = tuple(other for other in atom.marks if other != mark)
+
+
+def _line(atoms: list[Atom], n: int, step: int) -> Iterator[Atom]:
+    """Yield the atoms from the nth on, forwards (1) or backwards (-1), to the end of its line."""
+    yield atoms[n]
+    while 0 <= n + step < len(atoms) and "\n" not in atoms[max(n, n + step)].gap:
+        n += step
+        yield atoms[n]
+
+
+def _unescaped(atoms: list[Atom]) -> list[Atom]:
+    """Return the atoms with what the model escaped, and fences that begin no code, as WhatsApp shows them."""
+    for atom in atoms:
+        if not {"`", FENCE} & set(atom.marks):
+            atom.text = atom.text.replace(FENCE, QUOTES)
+    starts = [n for n, atom in enumerate(atoms) if n == 0 or "\n" in atom.gap]
+    for start, end in itertools.pairwise([*starts, len(atoms)]):
+        if any(stand_in in atom.text for atom in atoms[start:end] for stand_in in STAND_INS):
+            _unescape_line(atoms[start:end])
+    return atoms
+
+
+def _unescape_line(atoms: list[Atom]) -> None:
+    """Put signs in the place of those that stand for them in a line: look-alikes where they could be a mark."""
+    line, ends = atoms[0].gap + "".join(atoms[0].marks) + atoms[0].text, []
+    for before, atom in itertools.pairwise(atoms):
+        ends.append(len(line))
+        line += _joined(before, atom)
+    signs = line.translate(_PLAIN)
+    alone = [sign for sign in SIGNS if signs.count(sign) == 1]
+
+    def shown(at: int, bare: bool) -> str:
+        around = [signs[at - 1 : at] or " ", signs[at + 1 : at + 2] or " "]
+        harmless = all(sign.isalnum() for sign in around) or all(sign.isspace() for sign in around)
+        return signs[at] if bare or harmless or signs[at] in alone else LOOK_ALIKES[signs[at]]
+
+    for atom, end in zip(atoms, [*ends, len(line)], strict=True):
+        begin, bare = end - len(atom.text), "://" in atom.text
+        atom.text = "".join(shown(begin + n, bare) if sign in STAND_INS else sign for n, sign in enumerate(atom.text))
 
 
 def _cut(word: str) -> list[str]:
@@ -597,11 +762,16 @@ def _best_end(atoms: list[Atom], start: int, sizes: list[int]) -> int:
 def _joined(before: Atom, atom: Atom) -> str:
     """Return an atom as it is written after another: marks that both have stay open, though only code's over a line
     (https://faq.whatsapp.com/539178204879377)."""
-    kept = 0
-    if "\n" not in atom.gap or atom.place is Break.CODE_LINE:
-        pairs = zip(before.marks, atom.marks, strict=False)
-        kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    kept = _kept(before, atom)
     return _closed(before.marks[kept:]) + atom.gap + "".join(atom.marks[kept:]) + atom.text
+
+
+def _kept(before: Atom, atom: Atom) -> int:
+    """Return how many of an atom's marks, the outermost first, are open already after another."""
+    if "\n" in atom.gap and atom.place is not Break.CODE_LINE:
+        return 0
+    pairs = zip(before.marks, atom.marks, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _closed(marks: tuple[str, ...]) -> str:
