@@ -101,8 +101,9 @@ def store_inbound(
     stored = db.hurried(
         "receive",
         sid=form["MessageSid"], sender=sender, own=form["To"], profile=form.get("ProfileName", "")[:200], body=text,
-        external=form.get("ExternalUserId") or None, language=idioma_de(text, "") or None,
-        raw=json.dumps(form), opt=opt_word(text), burst=burst_of(text, form, burst), at=at and at.isoformat(),
+        external=form.get("ExternalUserId") or None, raw=json.dumps(form), opt=opt_word(text), at=at and at.isoformat(),
+        burst=burst_of(text, form, burst), language=idioma_de(text, "", seguro=True) or None,
+        guess=idioma_de(text, "") or None,
     )  # fmt: skip
     return stored[0] if stored else None
 
@@ -216,9 +217,7 @@ class ThreadsAdapter:
         run.log.info("🧵 Thread ID: %s (created, %d messages told)", thread_id, len(seeds))
         return thread_id
 
-    def start_run(
-        self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]], timeout: float
-    ) -> Response:
+    def start_run(self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]], timeout: float) -> Response:
         """Start one response on the run's conversation. There is no idempotency: the caller marks the row first."""
         body: dict[str, Any] = {"tools": self.definitions(assistant), "input": input_items}
         if assistant.reasoning_effort:

@@ -6,7 +6,8 @@
 
 -- name: receive
 SELECT * FROM receive_message(:sid, :sender, :own, :external, :profile, :body, :raw::jsonb, :opt, :burst::float8,
-    coalesce(:at::timestamptz, now()), :language)
+    coalesce(:at::timestamptz, now()),
+    coalesce(:language, (SELECT language FROM users WHERE user_phone = :sender), :guess)) -- what is known comes before a guess
 
 -- name: claim
 WITH c AS MATERIALIZED (

@@ -50,7 +50,7 @@ def figures(db: Database, tag: str) -> dict[str, float]:
 
     def receive(n: int) -> None:
         db.one("receive", sid=f"SM{tag}{n}", sender=f"whatsapp:+9{tag}{n}", own="whatsapp:+1", profile="", body="hola",
-               external=None, raw=raw, language=None, opt=None, burst=0.0, at=None)  # fmt: skip
+               external=None, raw=raw, language=None, guess=None, opt=None, burst=0.0, at=None)  # fmt: skip
 
     costs = {"receive": median(receive)}
     claimed: list[dict[str, Any]] = []

@@ -235,7 +235,7 @@ def test_every_statement_is_one_that_the_schema_knows(db: Database) -> None:
 def received(db: Database, sid: str = "SM1", **more: Any) -> Any:
     """What the receiving statement returns for one message."""
     given = {"sid": sid, "sender": ANA, "own": "whatsapp:+1", "external": None, "profile": "", "body": "hola",
-             "raw": "{}", "opt": None, "burst": 0.0, "at": None, "language": None}  # fmt: skip
+             "raw": "{}", "opt": None, "burst": 0.0, "at": None, "language": None, "guess": None}  # fmt: skip
     return db.one("receive", **{**given, **more})
 
 

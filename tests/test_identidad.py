@@ -165,7 +165,8 @@ def test_language_is_the_one_of_the_latest_text_that_shows_one(
     woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
 ) -> None:
     openai_server.model = script([says("Hi.")] * 9)
-    texts = [("ok", None), ("hello, how much is it?", "en"), ("2", "en"), ("obrigada", "pt")]
+    texts = [("ok", None), ("hello, how much is it?", "en"), ("2", "en"), ("obrigada", "pt"), ("ola", "pt"),
+             ("Price Shoes", "pt"), ("hola, quiero Price Shoes", "es")]  # fmt: skip
     for n, (text, language) in enumerate(texts, 1):
         twilio.receive(ANA, text)
         twilio.wait_for(ANA, n)

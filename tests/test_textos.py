@@ -89,6 +89,7 @@ che cuánto sale el curso de excel?|oye parce cuánto vale|dame informes porfa|a
 tenés algo de diseño?|¿en qué horario es?|www.ejemplo.com|curso de portugués|clases de inglés|excel avansado|da lo mismo
 me das el temario|los dos|no gracias|de nada|nos vemos|hasta luego|quiero pagar con pix|1|dos|7️⃣|🙏🙏|¿?|sesión 3|hoy
 vivo en São Paulo y quiero un curso en línea|machine learning for beginners|growth hacking|social media|scrum master
+trabajo en Price Shoes|el curso de Hi Tech|vivo en EU|la app Oi|curso de help desk|me interesa el curso Python for you
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -100,6 +101,7 @@ hello|hi|Hi there!|how much is the excel course?|what courses do you have|do you
 I want to enroll|when does it start|thank you so much|where are you located|is there a discount?|good morning
 can I talk to an advisor|I'm interested in the second one|what's the price|which one is cheaper|price of excel
 i need a course for beginners|hola, do you have courses in english? what is the price?
+help|please help|talk to a human|speak to an agent|hello Ana
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -110,6 +112,7 @@ PORTUGUÉS = (
 oi|olá|Oi, tudo bem?|bom dia|boa noite|obrigado|obrigada!|quanto custa o curso de excel?|qual o preço|quero me inscrever
 quais cursos vocês têm?|quando começa|vc tem curso de marketing?|não entendi|tem desconto?|posso pagar com pix?
 gostaria de falar com um atendente|quero saber mais sobre o curso|excel para iniciantes|informação|tchau|valeu
+nao|aceita cartao?|ajuda|aceitam cartão|é grátis?|oi Marta
 """.strip()
     .replace("\n", "|")
     .split("|")
@@ -122,6 +125,16 @@ gostaria de falar com um atendente|quero saber mais sobre o curso|excel para ini
 )
 def test_a_users_text_gives_its_language(idioma: str, frase: str) -> None:
     assert idioma_de(frase) == idioma
+
+
+@pytest.mark.parametrize("frase", ["Price Shoes", "Hello Kitty", "Oi Telecom", "ola", "trabajo en Price Shoes"])
+def test_one_word_that_may_be_a_name_is_not_sure(frase: str) -> None:
+    assert idioma_de(frase, "", seguro=True) in ("", "es")
+
+
+@pytest.mark.parametrize("frase", ["hello", "hi there", "obrigada", "quanto custa", "talk to a human"])
+def test_a_text_that_is_nothing_but_foreign_is_sure(frase: str) -> None:
+    assert idioma_de(frase, "", seguro=True) in ("en", "pt")
 
 
 @pytest.mark.parametrize("frase", ["2", "ok", "Excel", "👍", "", "marketing digital", "bye", "\u202e\u0007" * 900])

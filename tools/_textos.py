@@ -90,31 +90,33 @@ def texto(clave: str, idioma: str = "es", **valores: object) -> str:
 
 # --- the language ---------------------------------------------------------------------------------------------
 
-# Words that tell the languages apart. A strong one decides alone; a weak one only adds to others: "introduction to
-# the internet of things" is a course's name and says nothing about who writes it, and "bye" or "please" are also
-# written by those who speak Spanish. Words that two of the languages share (curso, de, como, para, no) are left out.
+# Words that tell the languages apart. A strong one decides alone where nothing speaks against it, for it may be a name
+# ("trabajo en Price Shoes", "vivo en EU"); a weak one only adds to others: "introduction to the internet of things" is
+# a course's name and says nothing about who writes it, and "bye" or "please" are also written by those who speak
+# Spanish. Words that two of the languages share (curso, de, como, para, no, and ola without its accent) are left out.
 _FUERTES: Mapping[str, frozenset[str]] = {
     "es": frozenset(
-        """hola holi ola buenas buenos gracias quiero quisiera necesito tengo tienen tienes cuanto cuánto cuantos
+        """hola holi buenas buenos gracias quiero quisiera necesito tengo tienen tienes cuanto cuánto cuantos
         cuántos cuanta cuánta cuando cuándo donde dónde cual cuál cuales cuáles cuesta cuestan precio precios hay
         inscribirme inscribo informes informacion información estoy soy puedo pueden puedes ustedes usted empieza
         empiezan fechas hacer hago querria querría gustaria gustaría mañana ahora adiós adios chau nada algo pues
-        querés tenés busco ofrecen quien quién dale necesitaría""".split()
+        querés tenés busco ofrecen quien quién dale necesitaría interesa trabajo vivo""".split()
     ),
     "en": frozenset(
         """hello hi hey what when where which who how much does your you are is have want need would could can
         course courses classes enroll enrol price prices cost costs there interested morning afternoon evening
-        goodbye i'm i'd it's what's don't thank""".split()
+        goodbye i'm i'd it's what's don't thank help talk speak""".split()
     ),
     "pt": frozenset(
         """olá oi opa obrigado obrigada obg você vocês voce voces vc vcs não quero queria gostaria preciso tenho tem
         têm quanto quais custa custam preço preco inscrição inscrever matricular uma quando começa comeca começam
         onde também muito bom boa noite tudo posso fazer eu meu minha isso pra pagamento cartão pix são tchau
-        valeu falar atendente desconto qual estou iniciantes""".split()
+        valeu falar atendente desconto qual estou iniciantes nao cartao aceita aceitam ajuda informacao inscricao
+        horário horários grátis""".split()
     ),
 }
 _DEBILES: Mapping[str, frozenset[str]] = {
-    "es": frozenset("el la los las y en un una con por mi te del al es son lo mas pero si ya ese eso esa".split()),
+    "es": frozenset("el la los las y en un una con mi del al es son lo pero si ya ese eso esa".split()),
     "en": frozenset(
         """the of for and to in with my about any it this that i we on at an one second first tell yes please thanks
         bye sorry looking good sign""".split()
@@ -122,26 +124,40 @@ _DEBILES: Mapping[str, frozenset[str]] = {
     "pt": frozenset("os as em do da na ou mais ao pelo pela seu sua é esse dia tarde um com sim bem".split()),
 }
 _LETRAS: Mapping[str, re.Pattern[str]] = {"es": re.compile("[ñ¿¡]"), "pt": re.compile("[ãõêâô]|ç[aou]")}
+_IBÉRICAS = frozenset("curso cursos de para que como por favor se te o e sí".split())
 _PALABRA = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _MUESTRA = 600  # characters that are read: enough to know a language
 
 
-def idioma_de(text: str, default: str = "es") -> str:
-    """The language that a user's text is written in, "es", "en" or "pt"; `default` where it does not show.
+def idioma_de(text: str, default: str = "es", seguro: bool = False) -> str:
+    """The language that a user's text is written in, "es", "en" or "pt"; `default` where it does not show. With
+    `seguro`, one foreign word among unknown ones is not enough: the user may be known to speak another language.
 
     Short words, numbers and the names of courses show no language: "ok", "2", "Excel", "marketing digital".
     """
     muestra = text[:_MUESTRA].lower().replace("’", "'")
     palabras = set(_PALABRA.findall(muestra))
-    puntos = {idioma: _puntos(idioma, muestra, palabras) for idioma in IDIOMAS}
+    señales = {idioma: _señales(idioma, muestra, palabras) for idioma in IDIOMAS}
+    puntos = {idioma: 2 * fuertes + debiles for idioma, (fuertes, debiles) in señales.items()}
     mejor = max(IDIOMAS, key=puntos.__getitem__)
     empate = sum(valor == puntos[mejor] for valor in puntos.values()) > 1
-    return default if empate or puntos[mejor] < 2 else mejor
+    if empate or puntos[mejor] < 2:
+        return default
+    return default if _dudoso(mejor, señales, palabras, seguro) else mejor
 
 
-def _puntos(idioma: str, muestra: str, palabras: set[str]) -> int:
-    """How much a text looks like one language; 0 for weak signs of a foreign one alone."""
+def _señales(idioma: str, muestra: str, palabras: set[str]) -> tuple[int, int]:
+    """How many strong and weak signs of one language are in a text; none for weak ones of a foreign language alone."""
     letras = _LETRAS.get(idioma)
-    fuertes = len(palabras & _FUERTES[idioma]) + bool(letras and letras.search(muestra))
-    debiles = len(palabras & _DEBILES[idioma])
-    return 2 * fuertes + debiles if fuertes or idioma == "es" else 0
+    con_letras = {palabra for palabra in palabras if letras and letras.search(palabra)}
+    fuertes = len(palabras & _FUERTES[idioma] | con_letras) + (idioma == "es" and bool(set("¿¡") & set(muestra)))
+    return (fuertes, len(palabras & _DEBILES[idioma])) if fuertes or idioma == "es" else (0, 0)
+
+
+def _dudoso(idioma: str, señales: Mapping[str, tuple[int, int]], palabras: set[str], seguro: bool) -> bool:
+    """Whether a foreign language shows by one strong word only, which may be a name."""
+    fuertes, debiles = señales[idioma]
+    if idioma == "es" or fuertes > 1:
+        return False
+    ajenas = any(señales["es"]) or (idioma == "en" and bool(palabras & _IBÉRICAS))
+    return ajenas or (seguro and not debiles and len(palabras) > 1)
