@@ -1,7 +1,8 @@
 """Forget a user: what OpenAI and Twilio keep of them, then every row.
 
 What is elsewhere goes first, and the rows that lead to it only once it is gone: so a run that OpenAI or Twilio broke
-off can be repeated, and a second one finds nothing to do.
+off can be repeated, and a second one finds nothing to do. What the user writes meanwhile is a newcomer's: it is
+answered, and stays.
 """
 
 from __future__ import annotations
@@ -22,48 +23,63 @@ from whatsapp import NotSent, WhatsApp
 if TYPE_CHECKING:
     from gateway import ThreadsAdapter
 
-# A worker that holds one of the user's runs loses it here, and may write nothing more.
-FENCE = """
-UPDATE runs SET state = 'done', held = false, attempt = attempt + 1, finished_at = now(), reason = 'forgotten',
-    outcome = coalesce(outcome, 'intercepted')
-WHERE user_phone = ANY(:who) AND state <> 'done' RETURNING id
+BEGIN = "SELECT * FROM begin_forgetting(:who)"
+
+# All that was said to and by the user, what others were told of it, their answers to that, and what they wrote to the
+# user, with what they were told then; of several messages in a row, those whose reply went to others only are left.
+MESSAGES = """
+WITH of_user AS (SELECT id FROM runs WHERE user_phone = ANY(:who) AND id <= :last_run),
+mine AS (
+    SELECT id, sid, run_id FROM messages
+    WHERE user_phone = ANY(:who) AND id <= :last_message OR run_id IN (SELECT id FROM of_user)),
+relayed AS (
+    SELECT r.id, r.user_phone FROM runs r WHERE r.user_phone <> ALL(:who) AND r.id IN (SELECT run_id FROM mine))
+SELECT m.id, m.sid, m.raw ->> 'From' AS sender, m.direction, m.user_phone FROM messages m
+LEFT JOIN relayed r ON r.id = m.run_id
+WHERE m.id IN (SELECT id FROM mine) OR m.raw ->> 'OriginalRepliedMessageSid' IN (SELECT sid FROM mine)
+    OR m.direction = 'out' AND m.user_phone = r.user_phone
+    OR m.direction = 'in' AND r.id IS NOT NULL AND (m.reply IS NULL
+        OR jsonb_path_exists(m.reply, '$[*] ? (@.to == $who[*])', jsonb_build_object('who', to_jsonb(:who::text[]))))
 """
 
-# All that was said to and by the user, what others were told of it, and their answers to that.
-MESSAGES = """
-WITH mine AS (
-    SELECT id, sid FROM messages
-    WHERE user_phone = ANY(:who) OR run_id IN (SELECT id FROM runs WHERE user_phone = ANY(:who)))
-SELECT id, sid, raw ->> 'From' AS sender, direction, user_phone FROM messages
-WHERE id IN (SELECT id FROM mine) OR raw ->> 'OriginalRepliedMessageSid' IN (SELECT sid FROM mine)
+# Others were told of the user: so were their conversations, which are told what was said before they began.
+DELETE_MESSAGES = """
+WITH gone AS (DELETE FROM messages WHERE id = ANY(:ids) RETURNING user_phone, at),
+others AS (SELECT user_phone, min(at) AS since FROM gone WHERE user_phone <> ALL(:who) GROUP BY user_phone),
+current AS (DELETE FROM oa_threads_map o USING others WHERE o.user_phone = others.user_phone RETURNING o.thread_id),
+threads AS (
+    SELECT thread_id FROM current
+    UNION SELECT thread_id FROM runs r JOIN others USING (user_phone) WHERE r.created_at >= others.since),
+k AS (
+    INSERT INTO discarded_threads (thread_id) SELECT thread_id FROM threads WHERE starts_with(thread_id, 'conv_')
+    ON CONFLICT DO NOTHING RETURNING 1)
+SELECT (SELECT count(*) FROM gone) AS gone, (SELECT count(*) FROM k) AS discarded
 """
+
+NEWER = "SELECT sid FROM messages WHERE user_phone = ANY(:who) AND id > :last_message AND sid IS NOT NULL"
 
 ADDRESSES = """
 SELECT unnest(ARRAY[user_phone, reply_to]) AS address FROM users WHERE user_phone = ANY(:who)
 UNION SELECT address FROM addresses WHERE user_phone = ANY(:who)
 """
 
-RESPONSES = "SELECT id FROM responses WHERE run_id IN (SELECT id FROM runs WHERE user_phone = ANY(:who))"
+OF_RUNS = "run_id IN (SELECT id FROM runs WHERE user_phone = ANY(:who) AND id <= :last_run)"
+RESPONSES = f"SELECT id FROM responses WHERE {OF_RUNS}"  # noqa: S608
 
 THREADS = """
 SELECT thread_id FROM oa_threads_map WHERE user_phone = ANY(:who)
-UNION SELECT thread_id FROM runs WHERE user_phone = ANY(:who) AND thread_id IS NOT NULL
+UNION SELECT thread_id FROM runs WHERE user_phone = ANY(:who) AND id <= :last_run AND thread_id IS NOT NULL
 """
 
-# A conversation that was begun meanwhile is deleted by the gateway.
-DELETE_THREADS = """
-WITH gone AS (DELETE FROM oa_threads_map WHERE user_phone = ANY(:who) RETURNING thread_id)
-INSERT INTO discarded_threads (thread_id) SELECT thread_id FROM gone
-WHERE starts_with(thread_id, 'conv_') AND thread_id <> ALL(:deleted)
-ON CONFLICT DO NOTHING
-"""
+# What somebody else had sent to the user meanwhile, where that is no newcomer.
+ORPHANS = "user_phone = ANY(:who) AND NOT EXISTS (SELECT FROM users u WHERE u.user_phone = messages.user_phone)"
 
 # Plugins' tables: by convention a user's rows have a column user_phone.
 OTHER_TABLES = """
 SELECT table_name AS name
 FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
 WHERE table_schema = current_schema() AND column_name = 'user_phone' AND table_type = 'BASE TABLE'
-    AND table_name NOT IN ('users', 'messages', 'runs', 'oa_threads_map') ORDER BY table_name
+    AND table_name NOT IN ('users', 'addresses', 'messages', 'runs', 'oa_threads_map') ORDER BY table_name
 """
 
 
@@ -75,24 +91,24 @@ class Forgetting:
         self.whatsapp = WhatsApp(settings)
         self.names = names_of(address)
         self.who = list(dict.fromkeys([*users_named(db, address), *self.names]))
+        self.mine: dict[str, Any] = {"who": self.who}  # with the last message and run that are to be forgotten
         self.removed: Counter[str] = Counter()
         self.left: list[str] = []
 
     def carry_out(self) -> bool:
         """Remove all that can be; False where something is left, which `left` names."""
-        self.db.rows(FENCE, {"who": self.who})
-        messages = self.db.rows(MESSAGES, {"who": self.who})
-        openai_done, deleted = self.at_openai()
+        self.mine |= self.db.rows(BEGIN, self.mine)[0]
+        messages = self.db.rows(MESSAGES, self.mine)
+        openai_done, threads = self.at_openai()
         twilio_done = self.at_twilio(messages)
-        self.delete("tool_calls", "run_id IN (SELECT id FROM runs WHERE user_phone = ANY(:who))")
+        self.delete("tool_calls", OF_RUNS)
         if twilio_done:
-            self.delete("messages", "id = ANY(:ids)", ids=[row["id"] for row in messages])
+            self.delete_messages([row["id"] for row in messages])
         if openai_done:
-            self.delete("responses", "run_id IN (SELECT id FROM runs WHERE user_phone = ANY(:who))")
-            self.db.rows(DELETE_THREADS, {"who": self.who, "deleted": deleted})
+            self.delete("responses", OF_RUNS)
+            self.delete("oa_threads_map", "user_phone = ANY(:who) AND thread_id = ANY(:threads)", threads=threads)
         if openai_done and twilio_done:
-            for table in (*(row["name"] for row in self.db.rows(OTHER_TABLES)), "runs", "users"):
-                self.delete(table, "user_phone = ANY(:who)")
+            self.delete_user()
         return openai_done and twilio_done
 
     def close(self) -> None:
@@ -103,24 +119,37 @@ class Forgetting:
 
     def delete(self, table: str, condition: str, **params: Any) -> None:
         """Delete rows and count them; conditions are this module's own."""
-        values = params or {"who": self.who}
         sql = f"DELETE FROM {pg8000.native.identifier(table)} WHERE {condition} RETURNING 1"  # noqa: S608
-        self.removed[f"rows of {table}"] += len(self.db.rows(sql, values))
+        self.removed[f"rows of {table}"] += len(self.db.rows(sql, self.mine | params))
+
+    def delete_messages(self, ids: list[int]) -> None:
+        """Delete messages; the conversations of others whom they were told are left to the gateway to delete."""
+        row = self.db.rows(DELETE_MESSAGES, {"who": self.who, "ids": ids})[0]
+        self.removed["rows of messages"] += row["gone"]
+        self.removed["conversations of others, which the gateway deletes"] += row["discarded"]
+
+    def delete_user(self) -> None:
+        """Delete the rows that lead to all others, and whatever plugins keep."""
+        for row in self.db.rows(OTHER_TABLES):
+            self.delete(row["name"], "user_phone = ANY(:who)")
+        self.delete("runs", "user_phone = ANY(:who) AND id <= :last_run")
+        self.delete("users", "user_phone = ANY(:who) AND last_in_at IS NULL")
+        self.delete("messages", ORPHANS)
 
     # OpenAI
 
     def at_openai(self) -> tuple[bool, list[str]]:
         """Delete the user's responses and conversations; return whether all are gone, and which conversations."""
-        responses = [row["id"] for row in self.db.rows(RESPONSES, {"who": self.who})]
-        threads = {row["thread_id"] for row in self.db.rows(THREADS, {"who": self.who})}
-        threads = {thread for thread in threads if thread.startswith("conv_")}  # the Assistants API's are gone
+        responses = [row["id"] for row in self.db.rows(RESPONSES, self.mine)]
+        known = [row["thread_id"] for row in self.db.rows(THREADS, self.mine)]
+        threads = {thread for thread in known if thread.startswith("conv_")}  # the Assistants API's are gone
         if not responses and not threads:
-            return True, []
+            return True, known
         if not self.settings.openai_api_key:
             what = f"{len(threads)} conversations and {len(responses)} responses"
             self.left.append(f"{what} at OpenAI: OPENAI_API_KEY is not set")
             return False, []
-        return self.delete_at_openai(responses, threads), sorted(threads)
+        return self.delete_at_openai(responses, threads), known
 
     def delete_at_openai(self, responses: Iterable[str], threads: set[str]) -> bool:
         """Delete responses, then conversations, also those that only a response knows; return whether all are gone."""
@@ -190,7 +219,8 @@ class Forgetting:
         try:
             client = self.whatsapp.client
             listed = {m.sid: m for address in self.addresses(messages) for m in every_message(client, address)}
-            for sid in sorted(sids | set(listed)):
+            newer = {row["sid"] for row in self.db.rows(NEWER, self.mine)}
+            for sid in sorted((sids | set(listed)) - newer):
                 self.delete_message(client, sid, sid not in listed or listed[sid].num_media != "0")
         except (requests.RequestException, TwilioException, NotSent) as error:
             self.left.append(f"messages at Twilio, which does not answer as it should ({said(error)})")

@@ -35,7 +35,7 @@ from twilio.request_validator import RequestValidator, get_signature_algorithm
 from database import Database, DatabaseDown, DatabaseFault, migrate
 from health import Health
 from pace import Breaker, Crowded, Pacer
-from runs import Alarm, LeaseLost, Run, Runs, Workers
+from runs import Alarm, LeaseLost, Run, Runs, Workers, touched
 from server import BODY_LIMIT, Server
 from settings import Assistant, ConfigurationError, Settings, legacy_assistant, load_assistants, mask
 from tools import Context, Event, Media, Message, Part, Tool, ToolError, Turn, clean, model_input, parts_of
@@ -211,9 +211,7 @@ class ThreadsAdapter:
             for turn in history(self.db, run.user_phone, SEED_MESSAGES, run.id)
         ]
         thread_id = self.client.conversations.create(items=seeds, timeout=run.patience).id  # type: ignore[arg-type]
-        saved = self.db.one("save_thread", thread=thread_id, id=run.id, a=run.attempt)
-        if not saved:
-            raise LeaseLost
+        touched(self.db.one("save_thread", thread=thread_id, id=run.id, a=run.attempt))
         run.log.info("🧵 Thread ID: %s (created, %d messages told)", thread_id, len(seeds))
         return thread_id
 
@@ -266,6 +264,12 @@ class ThreadsAdapter:
         except openai.APIError as error:
             log.warning("⚠️ cancel of %s: %s", response_id, type(error).__name__)
         return None
+
+    def delete_response(self, response_id: str) -> None:
+        """Cancel and delete a response that nobody will look at; one that cannot be deleted stays."""
+        if self.cancel(response_id):
+            with contextlib.suppress(Exception):
+                self.client.responses.delete(response_id, timeout=min(5.0, self.settings.call_timeout))
 
     def delete_thread(self, thread_id: str) -> int:
         """Delete a conversation's items, then it; return how many items. What is gone already is no error."""
@@ -493,7 +497,7 @@ class Journey:
                 net=net, assistant=assistant.name, u=run.user_phone, thread=run.thread_id,
             ))  # fmt: skip
         except (LeaseLost, DatabaseDown, DatabaseFault):  # nobody will look at it
-            self.threads.cancel(response.id)
+            self.threads.delete_response(response.id)
             raise
         run.state, run.response_id, run.creating, run.rounds = "waiting", response.id, False, run.rounds + round_
         step("waiting", run)
@@ -622,7 +626,7 @@ class Journey:
             if job is not None:
                 job.wait(time.monotonic() + max(0.1, run.seconds_left - 1.0))
         outputs = {row["call_id"]: row["output"] for row in self.db.all("outputs", ids=ids)}
-        return [{"type": "function_call_output", "call_id": id, "output": outputs[id]} for id in ids]
+        return [{"type": "function_call_output", "call_id": id, "output": touched(outputs.get(id))} for id in ids]
 
     def begin_call(
         self, run: Run, call: ResponseFunctionToolCall, tool: Tool | None, before: bool | None
@@ -840,10 +844,10 @@ class Journey:
         """Context.send: one more part of the run, which leaves before its reply."""
         for piece in sized(parts_of(part)):
             variables = json.dumps(dict(piece.variables)) if piece.variables else None
-            self.db.one(
+            touched(self.db.one(
                 "queue_part", to=piece.to or context.address, text=piece.text, run=context.run_id,
                 media=piece.media_url, content=piece.content_sid, variables=variables,
-            )  # fmt: skip
+            ))  # fmt: skip
 
     def show_typing(self, message: Message) -> None:
         """Context.show_typing: an errand beside the journey, left out when there is much to do."""

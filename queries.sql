@@ -66,8 +66,10 @@ UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
 WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING id
 
 -- name: save_thread
-INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, :thread FROM runs WHERE id = :id AND attempt = :a
-    FOR NO KEY UPDATE
+-- A conversation that was made for a run which somebody else has now, or which was forgotten, is deleted at OpenAI.
+WITH r AS (SELECT user_phone FROM runs WHERE id = :id AND attempt = :a FOR NO KEY UPDATE),
+k AS (INSERT INTO discarded_threads (thread_id) SELECT :thread WHERE NOT EXISTS (SELECT FROM r) ON CONFLICT DO NOTHING)
+INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, :thread FROM r
 ON CONFLICT (user_phone) DO UPDATE SET thread_id = excluded.thread_id, created_at = now(), last_used_at = now()
 RETURNING thread_id
 
@@ -177,15 +179,18 @@ p AS (
 SELECT 1 AS done FROM r
 
 -- name: queue_part
--- A part that the run has already is not queued again: a tool or a hook may run a second time after a crash.
-WITH x AS (SELECT :to::text AS user_phone, :text::text AS body, :run::bigint AS run_id, :media::text AS media_url,
-    :content::text AS content_sid, :variables::jsonb AS variables)
-INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
-SELECT user_phone, 'out', body, run_id, 'queued', media_url, content_sid, variables FROM x
-WHERE NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = x.run_id AND m.direction = 'out'
-    AND (m.user_phone, m.body) = (x.user_phone, x.body)
-    AND (m.media_url, m.content_sid, m.variables) IS NOT DISTINCT FROM (x.media_url, x.content_sid, x.variables))
-RETURNING id
+-- Only where the run is open. A part that it has already is not queued again: a tool or a hook may run a second time
+-- after a crash.
+WITH r AS (SELECT id FROM runs WHERE id = :run AND state <> 'done' FOR SHARE),
+x AS (SELECT :to::text AS user_phone, :text::text AS body, r.id AS run_id, :media::text AS media_url,
+    :content::text AS content_sid, :variables::jsonb AS variables FROM r),
+i AS (
+    INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
+    SELECT user_phone, 'out', body, run_id, 'queued', media_url, content_sid, variables FROM x
+    WHERE NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = x.run_id AND m.direction = 'out'
+        AND (m.user_phone, m.body) = (x.user_phone, x.body)
+        AND (m.media_url, m.content_sid, m.variables) IS NOT DISTINCT FROM (x.media_url, x.content_sid, x.variables)))
+SELECT id FROM r
 
 -- name: next_part
 -- Moves the next part to sending, or to withheld where its user left the assistant meanwhile. A part whose

@@ -36,6 +36,13 @@ class LeaseLost(Exception):
     """Another worker has taken the run over: nothing more may be written or sent for it here."""
 
 
+def touched(row: Any) -> Any:
+    """Return what a statement on a run gave; raises LeaseLost where it touched no row."""
+    if row is None:
+        raise LeaseLost
+    return row
+
+
 @dataclass
 class Run:
     """A claimed run. Every write carries its attempt, so a worker that lost the lease touches no row."""
@@ -101,9 +108,7 @@ class Runs:
 
     def fenced(self, run: Run, statement: str, **params: Any) -> dict[str, Any]:
         """Return the row of a statement on `run`; raises LeaseLost where it touched none."""
-        row = self.db.one(statement, id=run.id, a=run.attempt, **params)
-        if row is None:
-            raise LeaseLost
+        row: dict[str, Any] = touched(self.db.one(statement, id=run.id, a=run.attempt, **params))
         return row
 
     def renew(self, run: Run, seconds: float, statement: str = "renew", **params: Any) -> dict[str, Any]:
@@ -160,9 +165,8 @@ class Runs:
     def finish(self, run: Run) -> dict[str, Any]:
         """End the turn; what arrived meanwhile becomes the next one. Returns outcome, parts sent and seconds."""
         facts = {"id": run.id, "a": run.attempt, "burst": self.settings.burst_seconds}
-        row = next(filter(None, (self.db.one("finish", **facts) for _ in range(FINISHES))), None)
-        if row is None:
-            raise LeaseLost
+        tries = (self.db.one("finish", **facts) for _ in range(FINISHES))
+        row: dict[str, Any] = touched(next(filter(None, tries), None))
         run.state, run.held = "done", False
         if row["next"] is not None:
             self.wake_in(row["next"])

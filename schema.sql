@@ -363,6 +363,23 @@ CREATE OR REPLACE FUNCTION forget_thread(p_user text, p_sid text DEFAULT NULL) R
         WHERE user_phone = p_user;
 $$;
 
+-- Begin to forget users, before what is kept of them elsewhere is removed: a worker that holds one of their runs loses it
+-- here, and may write nothing more. Whoever writes from here on is a newcomer, with messages and runs above these numbers
+-- and a last_in_at again.
+CREATE OR REPLACE FUNCTION begin_forgetting(p_who text[], OUT last_message bigint, OUT last_run bigint) LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM users WHERE user_phone = ANY (p_who) ORDER BY user_phone FOR NO KEY UPDATE; -- as a message that comes in does
+    LOOP -- a run that ends meanwhile may leave another one
+        UPDATE runs SET state = 'done', held = false, attempt = attempt + 1, finished_at = now(), reason = 'forgotten',
+            outcome = coalesce(outcome, 'intercepted') WHERE user_phone = ANY (p_who) AND state <> 'done';
+        EXIT WHEN NOT FOUND;
+    END LOOP;
+    last_message := (SELECT coalesce(max(id), 0) FROM messages);
+    last_run := (SELECT coalesce(max(id), 0) FROM runs);
+    UPDATE users SET last_in_at = NULL, profile_name = '', language = NULL, seed_after = last_message
+        WHERE user_phone = ANY (p_who);
+END $$;
+
 -- Who answers a user: 'bot', 'human' until a moment, or nobody ('out'). `p_run` is the run that causes it, which alone
 -- still sends its reply. Back to 'bot', the next turn begins a new conversation, which is told what was said meanwhile.
 -- A user who wants no messages stays so, whoever asks: only their own word brings them back. NULL where it was not done.

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import commands
 from simulator import Simulator, whatsapp
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, free_port, wait_for
 from tests.local_openai import Fault, LocalOpenAI, calls, says, script
-from tools import Message, Part
+from tools import Context, Message, Part
 from trial import load_sample
 
 LUIS = "whatsapp:+5218110002222"
@@ -383,6 +384,103 @@ def test_forget_of_a_run_under_way_ends_it_unanswered(
     assert leftovers(hilo, ANA) == {}
     assert {record.status for record in openai_server.responses.values()} == {"cancelled"}
     assert twilio.sent_to(whatsapp(ANA)) == []
+
+
+@pytest.mark.parametrize("call", ["POST /v1/conversations$", "POST /v1/responses$"])
+def test_forget_while_openai_makes_something_leaves_nothing_there(
+    hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI, command: Command, call: str
+) -> None:
+    twilio.receive(ANA, "mi secreto")
+    hilo.done()
+    hilo.rows("DELETE FROM oa_threads_map")
+    with openai_server.gate(call) as gate:
+        twilio.receive(ANA, "otra cosa")
+        assert gate.arrived.wait(10)
+        assert command("forget", ANA, env=variables(hilo)).code == 0
+
+    def gone() -> bool:
+        hilo.gateway.upkeep.delete_discarded()
+        threads, responses = openai_server.conversations.values(), openai_server.responses.values()
+        return len(threads) == 2 and all(t.deleted for t in threads) and all(r.body.get("deleted") for r in responses)
+
+    wait_for(gone)
+    assert leftovers(hilo, ANA) == {} and hilo.rows("SELECT FROM responses") == []
+    assert all(record.items == [] for record in openai_server.conversations.values())
+
+
+def test_forget_while_a_tool_runs_lets_it_send_nothing(
+    hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, forgotten, logged = threading.Event(), threading.Event(), ""
+
+    def avisar(context: Context) -> str:
+        """Avisa."""
+        begun.set()
+        forgotten.wait(10)
+        context.send(Part(text="Ana pide auxilio", to=LUIS))
+        return "hecho"
+
+    hilo.tool(avisar)
+    openai_server.model = script([calls(("avisar", {})), says("Ya.")], shared=True)
+    twilio.receive(ANA, "auxilio")
+    assert begun.wait(10)
+    assert command("forget", ANA, env=variables(hilo)).code == 0
+    forgotten.set()
+
+    def log() -> str:
+        nonlocal logged
+        logged += capsys.readouterr().err
+        return logged
+
+    wait_for(lambda: "took this run over" in log())
+    assert "tool avisar failed" in logged and "KeyError" not in logged
+    assert hilo.rows("SELECT FROM messages") == [] and twilio.messages == []
+
+
+def test_message_that_comes_while_its_user_is_forgotten_is_a_newcomers_and_answered(
+    hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI, command: Command
+) -> None:
+    twilio.receive(ANA, "me llamo Ana", profile_name="Ana")
+    hilo.done()
+    with openai_server.gate("DELETE /v1/responses/") as gate:
+        forgetting = threading.Thread(target=command, args=("forget", ANA), kwargs={"env": variables(hilo)})
+        forgetting.start()
+        assert gate.arrived.wait(10)
+        twilio.receive(ANA, "¿quién soy?")
+        twilio.wait_for(ANA, 2)
+        hilo.done(2)
+    forgetting.join(10)
+    kept = ["¿quién soy?", "Eco: ¿quién soy?"]
+    assert [row["body"] for row in hilo.rows("SELECT body FROM messages ORDER BY id")] == kept
+    assert [message.body for message in twilio.messages] == kept
+    assert hilo.rows("SELECT FROM users WHERE profile_name = 'Ana'") == []
+    twilio.receive(ANA, "¿y ahora?")
+    assert twilio.wait_for(ANA, 2)[-1].body == "Eco: ¿y ahora?"
+    hilo.done(2)
+    told = [part["text"] for record in openai_server.conversations.values() for item in record.items
+            for part in item["content"]]  # fmt: skip
+    assert "¿quién soy?" in told and "me llamo Ana" not in told
+
+
+def test_forget_takes_along_what_an_advisor_wrote_and_leaves_the_conversation_that_was_told_of_it(
+    start: Callable[..., Hilo], twilio: Simulator, openai_server: LocalOpenAI, command: Command
+) -> None:
+    marta = "whatsapp:+5215500000001"
+    hilo = start(ASESORES=marta)
+    of_ana = [(ANA, "/asesor mi RFC es XAXX"), (marta, "Hola, Ana"), (ANA, "tengo una deuda"), (marta, "/bot")]
+    of_luis = [(LUIS, "/asesor"), (marta, "Hola, Luis"), (LUIS, "/bot")]
+    for who, text in [*of_ana, *of_luis, (marta, "¿qué cursos hay?")]:
+        twilio.receive(who, text, profile_name={ANA: "Ana", LUIS: "Luis"}.get(who, "Marta"))
+        hilo.done()
+    result = command("forget", ANA, env=variables(hilo))
+    assert result.code == 0 and "1  conversations of others, which the gateway deletes" in result.out
+    bodies = [row["body"] for row in hilo.rows("SELECT body FROM messages ORDER BY id")]
+    assert not [body for body in bodies if "Ana" in body or "RFC" in body or "deuda" in body]
+    assert {"Hola, Luis", "👤 *Marta:* Hola, Luis", "¿qué cursos hay?"} <= set(bodies) and bodies.count("/bot") == 1
+    assert sorted(bodies) == sorted(message.body for message in twilio.messages)
+    hilo.gateway.upkeep.delete_discarded()
+    assert all(record.deleted and not record.items for record in openai_server.conversations.values())
+    assert command("forget", ANA, env=variables(hilo)).out.startswith("Nothing is known of ")
 
 
 def test_conversation_that_is_left_is_deleted_at_openai_though_no_user_has_it_any_more(
