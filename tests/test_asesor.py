@@ -131,7 +131,7 @@ def test_advisor_with_several_conversations_gets_a_list_unless_a_message_is_quot
     chat.heard(MARTA)
     chat.says(MARTA, "hola, ¿en qué ayudo?")
     (answer,) = chat.heard(MARTA)
-    assert answer.startswith("Conversaciones que esperan a un asesor: 2\n• *Ana* (+52…0001), desde hace 0 min\n")
+    assert answer.startswith("Conversaciones abiertas: 2\n• *Ana* (+52…0001), desde hace 0 min\n")
     chat.says(MARTA, "hola Ana", quoting=anas)
     assert chat.heard(ANA) == [WANTS, "👤 *Marta:* hola Ana"] and chat.heard(LUIS) == [WANTS]
     chat.says(PACO, "hola, soy Paco")  # Ana is Marta's: Luis is left
@@ -149,7 +149,7 @@ def test_mistyped_command_of_an_advisor_is_not_sent_to_the_user(chat: Chat) -> N
     chat.says(ANA, "/asesor")
     chat.heard(ANA), chat.heard(MARTA)
     chat.says(MARTA, "/bto")
-    assert chat.heard(ANA) == [] and chat.heard(MARTA)[0].startswith("Conversaciones que esperan a un asesor: 1")
+    assert chat.heard(ANA) == [] and chat.heard(MARTA)[0].startswith("Conversaciones abiertas: 1")
 
 
 def test_advisors_bot_hands_back_and_a_quoted_notice_takes_it_up_again(chat: Chat) -> None:

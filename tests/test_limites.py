@@ -71,7 +71,7 @@ def test_messages_past_a_days_limit_get_one_courteous_answer_and_the_next_day_is
 ) -> None:
     hilo = begin(LIMITE_DIA="2", LIMITE_MINUTO="0", ZONA_HORARIA="UTC")
     assert say(twilio, hilo, "hello, how are you?", "m2", "m3", "m4", "/ayuda")[2:] == [
-        "We have reached the limit of messages for today. We will gladly go on tomorrow."
+        "We have reached the limit of messages for today. We'll gladly continue tomorrow."
     ]
     hilo.rows("UPDATE messages SET at = at - interval '1 day'")
     assert say(twilio, hilo, "m5") == ["Eco: m5"]

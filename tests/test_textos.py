@@ -8,7 +8,7 @@ from tools._textos import ARCHIVO as TEXTOS
 from tools._textos import HUECO, IDIOMAS, TextosError, cargar, claves, idioma_de, texto
 
 DEL_GATEWAY = (
-    "caida disculpa baja alta error_audio limite_minuto limite_dia ayuda reiniciado asesor_avisado bot_de_vuelta"
+    "caida disculpa baja alta limite_minuto limite_dia ayuda reiniciado asesor_avisado bot_de_vuelta"
 )
 
 
