@@ -89,9 +89,11 @@ def test_conversation_goes_to_an_advisor_and_back_and_the_assistant_knows_what_w
     assert chat.heard(ANA) == [BACK] and chat.heard(MARTA) == ["✅ *Ana* (+52…0001) volvió con el asistente."]
     chat.says(ANA, "¿qué factura era?")
     assert chat.heard(ANA) == ["Eco: ¿qué factura era?"]
-    (*_, last) = openai_server.conversations.values()
+    first, last = openai_server.conversations.values()
     told = [part["text"] for item in last.items for part in item["content"]]
     assert "mi RFC es ABC" in told and "👤 *Marta:* va tu factura A-7" in told
+    left = "SELECT thread_id FROM discarded_threads WHERE due_at > now() + interval '50 minutes'"
+    assert chat.hilo.rows(left) == [{"thread_id": first.id}]  # deleted once nothing can be under way on it
 
 
 def test_assistants_tool_hands_over_and_its_last_answer_still_arrives(chat: Chat, openai_server: LocalOpenAI) -> None:

@@ -116,8 +116,11 @@ def two_rows(woken: Hilo, twilio: Simulator) -> Hilo:
 def test_two_rows_of_one_person_become_one_whose_next_conversation_is_told_both_histories(
     two_rows: Hilo, twilio: Simulator, openai_server: LocalOpenAI
 ) -> None:
+    before = set(openai_server.conversations)
     write(twilio, two_rows, "both", "soy la misma")
     assert [row["user_phone"] for row in two_rows.rows("SELECT * FROM users")] == [USERNAME]
+    left = two_rows.rows("SELECT thread_id FROM discarded_threads WHERE due_at > now() + interval '50 minutes'")
+    assert {row["thread_id"] for row in left} == before and len(before) == 2
     told = ["por número", "Eco: por número", "por usuario", "Eco: por usuario", "soy la misma", "Eco: soy la misma"]
     assert conversation_texts(openai_server)[-1] == told
     write(twilio, two_rows, "phone", "y por número otra vez")

@@ -235,6 +235,14 @@ CREATE OR REPLACE FUNCTION state_rank(state text) RETURNS int LANGUAGE sql IMMUT
         WHEN 'failed' THEN 3 WHEN 'undelivered' THEN 3 WHEN 'delivered' THEN 4 WHEN 'read' THEN 5 END
 $$;
 
+-- Leave a user's conversation: the next turn begins a new one, which is told the transcript. OpenAI's copy is deleted
+-- once nothing can be under way on it any more.
+CREATE OR REPLACE FUNCTION leave_thread(p_user text) RETURNS void LANGUAGE sql AS $$
+    WITH gone AS (DELETE FROM oa_threads_map WHERE user_phone = p_user RETURNING thread_id)
+    INSERT INTO discarded_threads (thread_id, due_at) SELECT thread_id, now() + interval '1 hour' FROM gone
+        ON CONFLICT DO NOTHING;
+$$;
+
 -- Make one person of two rows: what `p_other` said and was told becomes part of `p_user`'s transcript, who keeps the
 -- stricter of both modes. The conversation is left, so that the next one is told of both. Put off while the other
 -- still has a run of its own; a row with another ExternalUserId is another person, who had the number before.
@@ -251,7 +259,7 @@ BEGIN
     UPDATE messages SET user_phone = p_user WHERE user_phone = p_other;
     UPDATE runs SET user_phone = p_user WHERE user_phone = p_other;
     UPDATE addresses SET user_phone = p_user WHERE user_phone = p_other;
-    DELETE FROM oa_threads_map WHERE user_phone IN (p_other, p_user);
+    PERFORM leave_thread(p_other), leave_thread(p_user);
     DELETE FROM users WHERE user_phone = p_other;
     UPDATE users u SET created_at = least(u.created_at, other.created_at), language = coalesce(u.language, other.language),
         profile_name = coalesce(nullif(u.profile_name, ''), other.profile_name),
@@ -385,7 +393,7 @@ END $$;
 -- A user who wants no messages stays so, whoever asks: only their own word brings them back. NULL where it was not done.
 CREATE OR REPLACE FUNCTION set_mode(p_user text, p_mode text, p_run bigint, p_until timestamptz)
 RETURNS text LANGUAGE sql AS $$
-    DELETE FROM oa_threads_map WHERE user_phone = p_user AND p_mode = 'bot';
+    SELECT leave_thread(p_user) WHERE p_mode = 'bot';
     UPDATE users SET mode = p_mode, mode_since = now(), mode_until = p_until, mode_run = p_run
         WHERE user_phone = p_user AND (mode <> 'out' OR p_mode = 'out')
         RETURNING mode;
