@@ -407,12 +407,12 @@ class Journey:
         return None if self.threads.breaker.allows(run.id) else "openai_down"
 
     def assistant_for(self, run: Run, message: Message) -> Assistant | None:
-        """Return the assistant that a plugin chose, else the one of ASSISTANT_ID; None where there is none."""
+        """Return the assistant that a plugin chose ("": none), else ASSISTANT_ID's; None where there is none."""
         chosen = self.hook(run, "choose_assistant", str, message=message)
         if chosen and chosen not in self.assistants:
             run.log.warning("⚠️ choose_assistant named %r, which is not in assistants/", chosen)
             chosen = None
-        run.assistant = chosen or self.settings.assistant_id
+        run.assistant = self.settings.assistant_id if chosen is None else chosen
         return self.assistants.get(run.assistant or "")
 
     def intercept(self, run: Run) -> None:

@@ -15,6 +15,7 @@ from tests.local_openai import LocalOpenAI
 
 LUIS = "whatsapp:+5215511110002"
 MARTA = "whatsapp:+5215500000001"
+ADVISED = "Ya avisé a un asesor: te escribe por este mismo chat en cuanto pueda."
 SLOWLY = "Vas muy rápido para mí 🙂 Dame un minuto y seguimos."
 TOMORROW = "Por hoy llegamos al límite de mensajes. Mañana seguimos con mucho gusto."
 Start = Callable[..., Hilo]
@@ -99,15 +100,28 @@ def test_burst_past_the_limit_is_answered_as_far_as_the_limit_goes(begin: Start,
     assert [message.body for message in twilio.sent_to(ANA)] == [SLOWLY, "Eco: m1\nm2"]
 
 
-def test_user_with_an_advisor_is_answered_past_the_limit_and_the_advisor_has_none(
+def test_with_an_advisor_nobody_has_a_limit_and_the_way_there_and_back_is_always_open(
     begin: Start, twilio: Simulator
 ) -> None:
     hilo = begin(LIMITE_MINUTO="2", ASESORES=MARTA)
-    say(twilio, hilo, "/asesor")
-    assert say(twilio, hilo, "m2", "m3", "m4") == [SLOWLY]
+    assert say(twilio, hilo, "m1", "m2", "m3", "/asesor") == ["Eco: m1", "Eco: m2", SLOWLY, ADVISED]
+    before = len(twilio.sent_to(MARTA))
+    assert say(twilio, hilo, "a1", "a2", "a3") == []
+    assert [message.body[-2:] for message in twilio.sent_to(MARTA)[before:]] == ["a1", "a2", "a3"]
     before = len(twilio.sent_to(ANA))
     say(twilio, hilo, *"1234", who=MARTA)
     assert len(twilio.sent_to(ANA)) == before + 4
+    assert say(twilio, hilo, "/bot", "m4") == ["Aquí estoy de nuevo. ¿En qué te ayudo?"]
+    hilo.rows("UPDATE messages SET at = at - interval '1 minute'")
+    assert say(twilio, hilo, "/asesor", "a1", "a2", "a3", "/bot", "m1", "m2", "m3", "m4") == [
+        ADVISED, "Aquí estoy de nuevo. ¿En qué te ayudo?", "Eco: m1", "Eco: m2", SLOWLY,
+    ]  # fmt: skip
+
+
+def test_command_without_a_limit_that_nobody_answers_has_one(begin: Start, twilio: Simulator) -> None:
+    hilo = begin(LIMITE_MINUTO="1")
+    hilo.gateway.plugins.unload("tools.asesor")
+    assert say(twilio, hilo, "/bot uno", "/bot dos", "/asesor tres") == ["Eco: /bot uno", SLOWLY]
 
 
 def test_opt_out_past_the_limit_is_honoured(begin: Start, twilio: Simulator) -> None:
@@ -121,7 +135,8 @@ def test_count_reads_no_more_than_a_few_index_entries_among_many_messages(hilo: 
     hilo.rows("""INSERT INTO messages (sid, user_phone, direction, at) SELECT 'SM' || n, 'whatsapp:+52' || n % 50, 'in',
         now() - n * interval '1 s' FROM generate_series(20000, 1, -1) n""")
     hilo.rows("ANALYZE messages")
-    named = {":zona": "'UTC'", ":sid": "'SM50'", ":u": "'whatsapp:+520'", ":n": "22"}
+    named = {":zona": "'UTC'", ":sid": "'SM50'", ":u": "'whatsapp:+520'", ":n": "22",
+             ":de_minuto": "ARRAY['']", ":de_dia": "ARRAY['']", ":libres": "ARRAY['/bot']"}  # fmt: skip
     sql = CUENTA
     for name, value in named.items():
         sql = sql.replace(name, value)
@@ -196,6 +211,21 @@ def test_past_the_budget_a_burst_is_answered_once(begin: Start, twilio: Simulato
         twilio.receive(ANA, text)
     hilo.done()
     assert len(twilio.sent_to(ANA)) == 1
+
+
+def test_past_the_budget_no_message_reaches_the_model_and_none_is_dropped(
+    begin: Start, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    hilo = begin(LIMITE_TOKENS_DIA="10", BURST_SECONDS="0.5")
+    hilo.rows("INSERT INTO cursos (codigo, nombre, nivel, precio) VALUES ('XL-1', 'Excel desde cero', 'basico', 900)")
+    spend(hilo, 10, 10)
+    assert len(say(twilio, hilo, "/hazme un ensayo")) == 1
+    twilio.receive(ANA, "cuánto cuesta el de excel")
+    twilio.receive(ANA, "/ayuda")
+    hilo.done(2)
+    answers = [message.body for message in twilio.sent_to(ANA)[1:]]
+    assert "*/reiniciar*" in answers[0] and "$900" in answers[1] and len(answers) == 2
+    assert [request for request in openai_server.requests if request.path == "/v1/responses"] == []
 
 
 def test_past_the_budget_without_a_traditional_flow_the_user_is_told(begin: Start, twilio: Simulator) -> None:

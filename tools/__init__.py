@@ -258,7 +258,7 @@ class Hooks:
 
     @hookspec(firstresult=True)
     def choose_assistant(self, message: Message, context: Context) -> str | None:
-        """Return the name of the file in `assistants/` that is to answer this turn."""
+        """Return the name of the file in `assistants/` that is to answer this turn; "" for the traditional flow."""
 
     @hookspec(firstresult=True)
     def fallback_reply(self, message: Message, reason: str, context: Context) -> Reply | None:

@@ -42,7 +42,8 @@ AREAS = 12  # areas that are named when one asks what there is
 @hookimpl(trylast=True)
 def fallback_reply(message: Message, reason: str, context: Context) -> str:
     """The traditional flow's answer to a turn, whatever the reason; it never mentions the reason."""
-    charla = Charla(context, context.turn or (message,))
+    turno = context.turn or (message,)
+    charla = Charla(context, [dicho for dicho in turno if dicho.text[:1] != "/"] or turno)  # commands have their answer
     try:
         respuesta = next(filter(None, (paso(charla) for paso in PASOS)))
     except SinCatalogo:

@@ -2,7 +2,8 @@
 
 Who writes past a limit gets one courteous answer in that minute or day, and nothing more. Past the day's budget users
 are served by the traditional flow. All is counted in PostgreSQL from the messages and responses themselves, so that it
-is right with several processes and after a crash; advisors (ASESORES) and the opt-out words have no limit.
+is right with several processes and after a crash. There is no limit for advisors (ASESORES), for what a user writes to
+one, nor for /asesor, /bot and the opt-out words.
 
 Settings (environment); 0 is no limit:
     LIMITE_MINUTO       messages of one user a minute (20)
@@ -28,17 +29,25 @@ from datetime import datetime
 from typing import Any
 
 from tools import Context, Message, Part, PluginError, hookimpl
-from tools._textos import texto
+from tools._textos import IDIOMAS, texto
 
 VIGENCIA = 2.0  # seconds for which a sum of the day's tokens is good
 FIRME = 900.0  # seconds after which a response's tokens do not change any more
 
-# The user's messages of this one's minute and day, this one included: the same number however often it is asked.
-CUENTA = """SELECT count(*) FILTER (WHERE date_trunc('minute', c.at) = date_trunc('minute', m.at)) AS minuto,
-    count(*) FILTER (WHERE (c.at AT TIME ZONE :zona)::date = (m.at AT TIME ZONE :zona)::date) AS dia
-    FROM (SELECT at FROM messages WHERE sid = :sid) m, (
-        SELECT at FROM messages WHERE user_phone = :u AND direction = 'in'
-            AND id <= (SELECT id FROM messages WHERE sid = :sid) ORDER BY id DESC LIMIT :n) c"""
+LIBRES = ("/asesor", "/bot")  # commands that whoever is past a limit may still give
+
+# The user's messages of this one's minute and day, this one included, and whether they were told of the limit: the same
+# however often it is asked. What an advisor got or nobody answered does not count, nor does a command without a limit.
+CUENTA = """SELECT count(*) FILTER (WHERE del_minuto) AS minuto, count(*) FILTER (WHERE del_dia) AS dia,
+    coalesce(bool_or(dicho = ANY(:de_minuto)) FILTER (WHERE del_minuto), false) AS minuto_dicho,
+    coalesce(bool_or(dicho = ANY(:de_dia)) FILTER (WHERE del_dia), false) AS dia_dicho
+    FROM (SELECT at FROM messages WHERE sid = :sid) m, LATERAL (
+        SELECT reply -> 0 ->> 'text' AS dicho, date_trunc('minute', at) = date_trunc('minute', m.at) AS del_minuto,
+            (at AT TIME ZONE :zona)::date = (m.at AT TIME ZONE :zona)::date AS del_dia
+        FROM messages WHERE user_phone = :u AND direction = 'in' AND id <= (SELECT id FROM messages WHERE sid = :sid)
+            AND (reply IS NULL OR reply -> 0 ->> 'text' = ANY(:de_minuto::text[] || :de_dia::text[])
+                OR reply <> '[]' AND NOT reply @? '$[*] ? (@.to != null)'
+                    AND lower(split_part(btrim(body), ' ', 1)) <> ALL(:libres)) ORDER BY id DESC LIMIT :n) c"""
 
 # Tokens of the responses since a moment, but not of before today, by model and by whether they may still change.
 GASTO = """SELECT t.inicio, t.corte, r.model, r.created_at < t.corte AS firme,
@@ -108,16 +117,23 @@ def contar(context: Context, ajustes: Ajustes, sql: str, **valores: Any) -> list
 
 @hookimpl(tryfirst=True)
 def incoming_message(message: Message, context: Context) -> list[Part] | None:
-    """The answer to a message past a limit; None to one within all of them."""
-    ajustes = ajustes_de(context)
-    if es_asesor(message, context):
+    """The answer to a message past a limit; None to one within both."""
+    if context.mode != "bot" or libre(message) or es_asesor(message, context):
         return None
-    exceso = pasado_de(message, context, ajustes)
-    if exceso is not None:
-        return exceso
-    if context.mode == "bot" and message.text[:1] != "/" and agotado(context, ajustes):
-        return sin_modelo(message, context)
-    return None
+    return pasado_de(message, context, ajustes_de(context))
+
+
+@hookimpl(specname="incoming_message", trylast=True)
+def sin_dueño(message: Message, context: Context) -> list[Part] | None:
+    """The same for a command without a limit that no plugin has answered: the assistant would."""
+    if context.mode != "bot" or not libre(message) or es_asesor(message, context):
+        return None
+    return pasado_de(message, context, ajustes_de(context))
+
+
+def libre(message: Message) -> bool:
+    """Whether a message is one of the commands without a limit."""
+    return message.text.lower().split()[:1] in ([comando] for comando in LIBRES)
 
 
 def es_asesor(message: Message, context: Context) -> bool:
@@ -130,26 +146,36 @@ def es_asesor(message: Message, context: Context) -> bool:
 
 def pasado_de(message: Message, context: Context, ajustes: Ajustes) -> list[Part] | None:
     """What a user gets past their limit: a text for the first message, nothing for those after it."""
-    if not (ajustes.minuto or ajustes.dia):
+    limites = {"dia": ajustes.dia, "minuto": ajustes.minuto}
+    if not any(limites.values()):
         return None
-    n = max(ajustes.minuto, ajustes.dia) + 2  # more need not be counted
-    cuenta = contar(context, ajustes, CUENTA, u=context.address, sid=message.sid, n=n)[0]
-    for nombre, limite in (("dia", ajustes.dia), ("minuto", ajustes.minuto)):
+    n = max(limites.values()) + 2  # more need not be counted
+    textos = {f"de_{nombre}": [texto(f"limite_{nombre}", idioma) for idioma in IDIOMAS] for nombre in limites}
+    cuenta = contar(context, ajustes, CUENTA, u=context.address, sid=message.sid, n=n, **textos, libres=[*LIBRES])[0]
+    for nombre, limite in limites.items():
         if limite and cuenta[nombre] > limite:
             context.log.info("🚦 over LIMITE_%s", nombre.upper())
-            return cortesia(context, f"limite_{nombre}") if cuenta[nombre] == limite + 1 else []
+            return [] if cuenta[f"{nombre}_dicho"] else [Part(texto(f"limite_{nombre}", context.language))]
     return None
 
 
-def cortesia(context: Context, clave: str) -> list[Part]:
-    """A courteous answer, also to a user who is with an advisor."""
-    if context.mode == "human":
-        context.query("UPDATE users SET mode_run = :run WHERE user_phone = :u AND mode = 'human'",
-                      run=context.run_id, u=context.address)  # fmt: skip
-    return [Part(texto(clave, context.language))]
-
-
 # --- The day's budget -----------------------------------------------------------------------------------------
+
+
+@hookimpl(tryfirst=True)
+def choose_assistant(message: Message, context: Context) -> str | None:
+    """No assistant once the day's budget is used up."""
+    if not agotado(context, ajustes_de(context)):
+        return None
+    context.log.warning("🚦 the day's budget is used up: the traditional flow answers")
+    return ""
+
+
+@hookimpl(trylast=True)
+def fallback_reply(message: Message, reason: str, context: Context) -> str | None:
+    """What a user is told past the budget where there is no traditional flow."""
+    sin_presupuesto = reason == "no_assistant" and agotado(context, ajustes_de(context))
+    return texto("limite_gasto", context.language) if sin_presupuesto else None
 
 
 @dataclass
@@ -210,14 +236,3 @@ def costo(gastado: dict[str, tuple[int, int]], precios: dict[str, tuple[float, f
         (entrada * precios.get(modelo, caro)[0] + salida * precios.get(modelo, caro)[1]) / 1e6
         for modelo, (entrada, salida) in gastado.items()
     )
-
-
-def sin_modelo(message: Message, context: Context) -> list[Part]:
-    """The traditional flow's answer to the whole turn, given with its last message.
-
-    The conversation at OpenAI lacks it, so it is left: the next one is told the transcript."""
-    if context.turn and message.sid != context.turn[-1].sid:
-        return []
-    context.log.warning("🚦 the day's budget is used up: the traditional flow answers")
-    context.query("DELETE FROM oa_threads_map WHERE user_phone = :u", u=context.address)
-    return context.fallback(message, "disabled") or [Part(texto("limite_gasto", context.language))]
