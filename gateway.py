@@ -33,6 +33,7 @@ import pydantic_core
 from twilio.request_validator import RequestValidator, get_signature_algorithm
 
 from database import Database, DatabaseDown, DatabaseFault, migrate
+from handoff import advisors, remedies, remedy
 from health import Health
 from pace import Breaker, Crowded, Pacer
 from runs import Alarm, LeaseLost, Run, Runs, Workers, touched
@@ -208,7 +209,7 @@ class ThreadsAdapter:
             run.log.warning("⚠️ thread %s is of the Assistants API, which is gone: replaced", known)
         seeds = [
             {"type": "message", "role": turn.role, "content": turn.text[:4000]}
-            for turn in history(self.db, run.user_phone, SEED_MESSAGES, run.id)
+            for turn in history(self.db, self.settings, run.user_phone, SEED_MESSAGES, run.id)
         ]
         thread_id = self.client.conversations.create(items=seeds, timeout=run.patience).id  # type: ignore[arg-type]
         touched(self.db.one("save_thread", thread=thread_id, id=run.id, a=run.attempt))
@@ -312,9 +313,9 @@ def fetch_last_assistant_message(response: Response) -> str:
     return str(clean("\n".join(part.text if part.type == "output_text" else part.refusal for part in contents))).strip()
 
 
-def history(db: Database, address: str, n: int, run_id: int | None) -> list[Turn]:
+def history(db: Database, settings: Settings, address: str, n: int, run_id: int | None) -> list[Turn]:
     """Return the last `n` lines said before a run, oldest first, none from before a fresh start."""
-    rows = db.all("history", u=address, n=n, run=run_id)
+    rows = db.all("history", u=address, n=n, run=run_id, advisors=advisors(settings))
     return [Turn("user" if r["direction"] == "in" else "assistant", said(r), r["at"]) for r in reversed(rows)]
 
 
@@ -436,10 +437,14 @@ class Journey:
                     line.update(now)
 
     def opt(self, run: Run, row: Mapping[str, Any]) -> list[Part]:
-        """Confirm that a user leaves or returns: the mode itself was set when the message was received."""
+        """Confirm that a user leaves, of which plugins may tell others, or returns: the mode was set on receipt."""
         self.db.one("own_mode", run=run.id, u=run.user_phone)
         self.tell("opted_" + row["opt"], run)
-        return [Part(text=texto("baja" if row["opt"] == "out" else "alta", run.language or "es"))]
+        if row["opt"] == "in":
+            return [Part(text=texto("alta", run.language or "es"))]
+        run.mode = "out"
+        told = self.hook(run, "incoming_message", parts_of, message=message_of(row))
+        return [Part(text=texto("baja", run.language or "es")), *(part for part in told or () if part.to)]
 
     def replies(self, run: Run) -> list[Part]:
         """Return what plugins answered to the messages of this turn, in order."""
@@ -765,16 +770,10 @@ class Journey:
         """Twilio will not take a part: it and what was to follow it to that address end as failed, with the code."""
         self.db.all("refused", code=refusal.code, run=run.id, u=part["user_phone"], part=part["id"])
         run.log.warning("⚠️ Part refused: %s", refusal)
-        template = self.settings.twilio_template_sid
-        if refusal.code == WhatsApp.WINDOW_SHUT and template and not part["content_sid"]:
-            self.send_part(self.context(run), Part(content_sid=template, to=part["user_phone"]))
+        if refusal.code == WhatsApp.WINDOW_SHUT and not part["content_sid"]:
+            for piece in remedies(self.db, self.settings, part["user_phone"], run.id):
+                self.send_part(self.context(run), piece)
         self.tell("message_failed", run, code=refusal.code)
-
-    def send_template(self, user: str) -> None:
-        """Send a template, as a run of its own, to a user whom a reply came too late for."""
-        template = self.settings.twilio_template_sid
-        if template and self.db.one("template_run", u=user, template=template):
-            self.runs.wake_in(0)
 
     def settle_doubt(self, run: Run) -> bool:
         """Find out what became of a part that a broken call or a crash left in `sending`; False to wait."""
@@ -813,8 +812,8 @@ class Journey:
             run.log.info("📤 Respuesta enviada (%d parte%s, %s s desde el mensaje)", row["sent"], plural, seconds)
         run.log.info("%s %s", "⚠️" if row["outcome"] == "undelivered" else "✅", row["outcome"])
         step("done", run)
-        if row["shut"]:
-            self.send_template(row["shut"])
+        if row["shut"] and remedy(self.db, self.settings, row["shut"], run.id):
+            self.runs.wake_in(0)
         self.tell("run_finished", run, outcome=row["outcome"], seconds=row["seconds"])
 
     # what plugins are given
@@ -838,7 +837,7 @@ class Journey:
 
     def history(self, address: str, n: int, run_id: int | None) -> list[Turn]:
         """Context.history: the transcript before this turn."""
-        return history(self.db, address, n, run_id)
+        return history(self.db, self.settings, address, n, run_id)
 
     def send_part(self, context: Context, part: str | Part) -> None:
         """Context.send: one more part of the run, which leaves before its reply."""
@@ -1037,7 +1036,8 @@ class Gateway:
         log.warning("⚠️ run=%s %s part %s: %s", run_id, mask(user), row["state"], code)
         self.journey.events.put(Event("message_failed", datetime.now(UTC), run_id, user, {"code": code}))
         if code == WhatsApp.WINDOW_SHUT and row["done"] and not row["content_sid"]:
-            self.journey.send_template(user)
+            if remedy(self.db, self.settings, user, run_id):
+                self.workers.woken(0)
 
     def openai_webhook(self) -> Any:
         """Wake the run of a response that ended; the event says no more than its id."""

@@ -74,11 +74,15 @@ ON CONFLICT (user_phone) DO UPDATE SET thread_id = excluded.thread_id, created_a
 RETURNING thread_id
 
 -- name: history
--- What was said before a run, newest first: taken messages, and parts that left (or may have).
+-- What was said before a run, newest first: taken messages, and parts that left (or may have). Of an advisor it is only
+-- what the assistant was asked and answered: the rest is about users, or for them.
 SELECT m.direction, m.body, m.input, m.raw, m.media_url, m.sid, m.user_phone, m.at
 FROM messages m JOIN users u USING (user_phone)
 WHERE m.user_phone = :u AND m.id > u.seed_after AND m.run_id >= u.seed_run AND m.run_id IS DISTINCT FROM :run::bigint
     AND (m.direction = 'in' AND m.run_id IS NOT NULL OR m.state IN ('sending', 'sent', 'delivered', 'read'))
+    AND (:u <> ALL(:advisors::text[]) AND u.reply_to <> ALL(:advisors) OR m.direction = 'in' AND m.reply IS NULL
+        OR EXISTS (SELECT 1 FROM runs r WHERE (r.id, r.user_phone) = (m.run_id, m.user_phone)
+            AND m.direction = 'out' AND r.outcome IN ('answered', 'fallback')))
 ORDER BY m.id DESC LIMIT :n
 
 -- name: begin_create
@@ -268,15 +272,30 @@ SELECT m.run_id, m.user_phone, m.state, m.error_code, m.content_sid, m.changed,
     coalesce(w.done, true) AS done, w.eased AND NOT w.done AS wake
 FROM m LEFT JOIN w ON true
 
--- name: template_run
--- A template in place of a reply that came too late for the 24-hour window. A user with an open run has just written,
--- so the window is open and the reply to that will do; so is an advisor's who never wrote a user.
-WITH r AS (
+-- name: window
+-- Who a part is for that the 24-hour window kept away, and the advisor who wrote it, if one did.
+SELECT coalesce(u.profile_name, '') AS name,
+    :u = ANY(:advisors::text[]) OR coalesce(u.reply_to = ANY(:advisors), false) AS advisor,
+    CASE WHEN r.user_phone <> :u AND (r.user_phone = ANY(:advisors) OR w.reply_to = ANY(:advisors)) THEN r.user_phone END AS writer
+FROM runs r JOIN users w USING (user_phone) LEFT JOIN users u ON u.user_phone = :u WHERE r.id = :run
+
+-- name: remedy_run
+-- A run with the parts that stand in for those of another, which came too late for the 24-hour window; what that one has
+-- said already is not said again. A user with an open run has just written, so the window is open and the reply to that
+-- will do; an advisor who never wrote is no user.
+WITH x AS (
+    SELECT coalesce(x.text, '') AS text, x.content_sid, x."to", x.ordinality
+    FROM ROWS FROM (jsonb_to_recordset(:parts::jsonb) AS (text text, content_sid text, "to" text)) WITH ORDINALITY x
+    WHERE NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = :run AND m.direction = 'out'
+        AND (m.user_phone, m.body) = (x."to", coalesce(x.text, '')) AND m.content_sid IS NOT DISTINCT FROM x.content_sid)),
+r AS (
     INSERT INTO runs (user_phone, state, due_at, outcome, started_at, written_at)
-    SELECT user_phone, 'sending', now(), 'answered', now(), now() FROM users WHERE user_phone = :u AND mode <> 'out'
-    ON CONFLICT (user_phone) WHERE state <> 'done' DO NOTHING RETURNING id, user_phone)
-INSERT INTO messages (user_phone, direction, run_id, state, content_sid)
-SELECT user_phone, 'out', id, 'queued', :template FROM r RETURNING run_id
+    SELECT user_phone, 'sending', now(), 'answered', now(), now() FROM users
+    WHERE user_phone = :u AND mode <> 'out' AND EXISTS (SELECT 1 FROM x)
+    ON CONFLICT (user_phone) WHERE state <> 'done' DO NOTHING RETURNING id, user_phone),
+o AS (UPDATE users u SET mode_run = r.id FROM r WHERE u.user_phone = r.user_phone AND u.mode = 'human') -- an advisor's word
+INSERT INTO messages (user_phone, direction, body, run_id, state, content_sid)
+SELECT x."to", 'out', x.text, r.id, 'queued', x.content_sid FROM r, x ORDER BY x.ordinality RETURNING run_id
 
 -- name: finish
 -- What arrived meanwhile becomes the next turn, a burst after the last message. Images and files that the model was
@@ -326,7 +345,34 @@ UPDATE discarded_threads SET attempts = attempts + 1,
 WHERE thread_id = :thread RETURNING attempts
 
 -- name: hand_back
-SELECT set_mode(user_phone, 'bot', NULL, NULL) FROM users WHERE mode = 'human' AND mode_until <= now()
+-- Back to the assistant: where an advisor's time is up, or nobody could be told. Where no advisor has written, the user
+-- learns it in a run of its own, once no other is open, and that run answers what was passed on to nobody. Of several
+-- processes one does it: the others wait for the user's row, and find another mode in it.
+WITH u AS MATERIALIZED (
+    SELECT u.user_phone, u.mode_since AS since, coalesce(:texts::jsonb ->> u.language, :texts::jsonb ->> 'es') AS text, a.answered
+    FROM users u, LATERAL (SELECT EXISTS (SELECT 1 FROM messages m JOIN runs r ON r.id = m.run_id
+        WHERE m.user_phone = u.user_phone AND m.direction = 'out' AND m.at >= u.mode_since
+            AND r.user_phone <> u.user_phone) AS answered) a
+    WHERE u.mode = 'human' AND u.mode_until IS NOT NULL AND (u.mode_until <= now() OR NOT :webhook AND NOT a.answered AND (
+        SELECT bool_and(m.state IN ('failed', 'undelivered', 'withheld')) FROM runs r JOIN messages m ON m.run_id = r.id
+        WHERE r.user_phone = u.user_phone AND coalesce(r.finished_at, now()) >= u.mode_since
+            AND m.direction = 'out' AND m.user_phone <> u.user_phone AND m.at >= u.mode_since))
+    FOR UPDATE OF u),
+w AS MATERIALIZED (
+    SELECT m.id, m.user_phone FROM u JOIN runs r USING (user_phone) JOIN messages m ON m.run_id = r.id
+    WHERE NOT u.answered AND coalesce(r.finished_at, now()) >= u.since AND m.direction = 'in' AND m.opt IS NULL
+        AND m.reply IS NOT NULL AND NOT m.reply @? '$[*] ? (@.to == null)'),
+r AS (
+    INSERT INTO runs (user_phone, state, due_at, pending)
+    SELECT u.user_phone, CASE WHEN n.pending > 0 THEN 'queued' ELSE 'sending' END, now(), n.pending
+    FROM u, LATERAL (SELECT count(*) AS pending FROM w WHERE w.user_phone = u.user_phone) n WHERE NOT u.answered
+    ON CONFLICT (user_phone) WHERE state <> 'done' DO NOTHING RETURNING id, user_phone),
+b AS (UPDATE messages m SET run_id = NULL, reply = NULL FROM w JOIN r USING (user_phone) WHERE m.id = w.id),
+p AS (
+    INSERT INTO messages (user_phone, direction, body, run_id, state)
+    SELECT user_phone, 'out', u.text, r.id, 'queued' FROM r JOIN u USING (user_phone))
+SELECT set_mode(u.user_phone, 'bot', NULL, NULL) AS mode, r.id IS NOT NULL AS told
+FROM u LEFT JOIN r USING (user_phone) WHERE u.answered OR r.id IS NOT NULL
 
 -- name: take_turn
 -- One process in so many seconds gets a row.

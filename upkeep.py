@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from database import DatabaseDown, DatabaseFault
+from handoff import hand_back
 
 if TYPE_CHECKING:
     from gateway import Gateway
@@ -129,9 +130,12 @@ class Upkeep:
             log.info("🧵 Thread ID: %s (deleted, %d items)", thread_id, count)
 
     def hand_back(self) -> None:
-        """Give conversations back to the assistant when an advisor's time is up."""
-        for _ in self.gateway.db.all("hand_back"):
-            log.info("🧵 an advisor's time is up: back to the assistant")
+        """Give conversations back to the assistant when an advisor's time is up, or nobody could be told."""
+        for told in hand_back(self.gateway.db, self.gateway.settings):
+            why = "no advisor came" if told else "an advisor's time is up"
+            log.info("🧵 %s: back to the assistant", why)
+            if told:
+                self.gateway.workers.woken(0)
 
     def prune(self) -> None:
         """Once a day, in small batches, remove what is older than RETENTION_DAYS; never what is not done."""

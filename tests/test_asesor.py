@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -13,13 +14,14 @@ import pytest
 from simulator import Simulator
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, wait_for
 from tests.local_openai import LocalOpenAI, calls, says, script
-from tools import Context, Message, Part
+from tools import Context, Message, Part, asesor
 
 LUIS = "whatsapp:+5215511110002"
 MARTA = "whatsapp:+5215500000001"
 PACO = "whatsapp:+5215500000002"
 TEMPLATE = "HX" + "a" * 32
 WANTS = "Ya avisé a un asesor: te escribe por este mismo chat en cuanto pueda."
+NOBODY = "Disculpa, por ahora ningún asesor pudo atenderte en este chat, así que sigo yo contigo."
 BACK = "Aquí estoy de nuevo. ¿En qué te ayudo?"
 Start = Callable[..., Hilo]
 
@@ -177,6 +179,77 @@ def test_user_who_left_cannot_be_written_to(chat: Chat) -> None:
     assert chat.heard(MARTA) == ["*Ana* (+52…0001) pidió no recibir más mensajes: no se le puede escribir."]
 
 
+def test_user_who_leaves_while_with_an_advisor_is_the_advisors_to_know_and_nothing_reaches_the_assistant(
+    chat: Chat, openai_server: LocalOpenAI
+) -> None:
+    chat.says(ANA, "/asesor")
+    chat.says(MARTA, "hola", quoting=chat.last_sid(MARTA))
+    chat.heard(MARTA), chat.heard(PACO), chat.heard(ANA)
+    chat.says(ANA, "STOP")
+    gone = "*Ana* (+52…0001) pidió no recibir más mensajes: no se le puede escribir."
+    assert chat.heard(MARTA) == [gone] and chat.heard(PACO) == [] and len(chat.heard(ANA)) == 1
+    chat.says(MARTA, "¿me das tu RFC?")  # written before she had read that
+    assert chat.heard(MARTA) == [gone] and chat.heard(ANA) == []
+    assert [request for request in openai_server.requests if request.path == "/v1/responses"] == []
+    chat.says(MARTA, "/bot")
+    chat.says(MARTA, "¿qué cursos hay?")
+    assert chat.heard(MARTA) == [gone, "Eco: ¿qué cursos hay?"]
+
+
+def test_advisor_who_leaves_is_passed_over_and_the_others_are_asked(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.says(MARTA, "hola", quoting=chat.last_sid(MARTA))
+    chat.says(MARTA, "baja")
+    chat.heard(PACO), chat.heard(MARTA), chat.heard(ANA)
+    chat.says(ANA, "¿sigues?")
+    assert chat.heard(PACO) == ["💬 *Ana* (+52…0001): ¿sigues?"] and chat.heard(MARTA) == []
+    chat.says(LUIS, "/asesor")
+    assert len(chat.heard(PACO)) == 1 and chat.heard(MARTA) == []
+    chat.says(PACO, "baja")
+    chat.says(ANA, "¿y ahora?")  # nobody is left
+    (answer,) = chat.heard(ANA)
+    assert answer.endswith("¿y ahora?") and chat.mode() == "bot"
+    chat.says(ANA, "/asesor")
+    assert chat.heard(ANA)[0].startswith("Por este chat no hay asesores por ahora.")
+
+
+def test_commands_of_a_user_with_an_advisor_are_answered_and_what_is_none_is_passed_on(chat: Chat) -> None:
+    chat.hilo.plug(incoming_message=lambda message: "De 9 a 18 h." if message.text == "/horario" else None)
+    chat.says(ANA, "/asesor")
+    chat.heard(ANA), chat.heard(MARTA)
+    for command in ("/ayuda", "/horario", "/reiniciar"):
+        chat.says(ANA, command)
+    assert [text[:9] for text in chat.heard(ANA)] == ["Esto es l", "De 9 a 18", "Listo, em"] and chat.heard(MARTA) == []
+    chat.says(ANA, "/orden 7")
+    assert chat.heard(MARTA) == ["💬 *Ana* (+52…0001): /orden 7"] and chat.heard(ANA) == []
+
+
+def test_advisor_who_had_a_conversation_learns_who_took_it_over_or_ended_it(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    martas, pacos = chat.last_sid(MARTA), chat.last_sid(PACO)
+    chat.says(MARTA, "hola", quoting=martas)
+    chat.heard(MARTA), chat.heard(PACO)
+    chat.says(PACO, "yo sigo", quoting=pacos)
+    assert chat.heard(MARTA) == ["👥 Paco sigue ahora la conversación con *Ana* (+52…0001)."] and chat.heard(PACO) == []
+    chat.says(MARTA, "/bot", quoting=martas)
+    assert chat.heard(PACO) == ["✅ Marta devolvió a *Ana* (+52…0001) al asistente."]
+    assert chat.heard(MARTA) == ["✅ *Ana* (+52…0001) vuelve con el asistente."]
+
+
+def test_users_private_talk_stays_out_of_the_advisors_own_conversation(chat: Chat, openai_server: LocalOpenAI) -> None:
+    chat.says(MARTA, "¿qué cursos hay?")
+    chat.says(ANA, "/asesor mi RFC es XAXX")
+    chat.says(MARTA, "hola Ana")
+    chat.says(ANA, "tengo una deuda")
+    chat.says(MARTA, "/lista")
+    chat.says(ANA, "/bot")
+    chat.hilo.rows("DELETE FROM oa_threads_map")
+    chat.says(MARTA, "¿y de inglés?")
+    (*_, last) = openai_server.conversations.values()
+    told = [part["text"] for item in last.items for part in item["content"]]
+    assert told == ["¿qué cursos hay?", "Eco: ¿qué cursos hay?", "¿y de inglés?", "Eco: ¿y de inglés?"]
+
+
 def test_user_with_an_advisor_who_asks_again_is_answered_and_the_advisors_are_not_called_twice(chat: Chat) -> None:
     chat.says(ANA, "/asesor")
     chat.says(ANA, "/asesor")
@@ -218,11 +291,110 @@ def test_advisors_time_runs_out_and_the_assistant_answers(chat: Chat, openai_ser
     assert "👤 *Marta:* aquí estoy" in [part["text"] for item in last.items for part in item["content"]]
 
 
-def test_upkeep_hands_back_what_is_past_its_time(chat: Chat) -> None:
+def hand_back(chat: Chat, processes: int = 1) -> None:
+    """Let the upkeep of so many processes look at the same moment."""
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda _: chat.hilo.gateway.upkeep.hand_back(), range(processes)))
+    chat.hilo.done()
+
+
+def test_time_without_any_answer_runs_out_and_what_waits_is_answered_once(
+    chat: Chat, openai_server: LocalOpenAI
+) -> None:
+    chat.says(ANA, "hola")
     chat.says(ANA, "/asesor")
-    chat.hilo.rows("UPDATE users SET mode_until = now() - interval '1 s'")
-    chat.hilo.gateway.upkeep.hand_back()
-    assert chat.mode() == "bot"
+    chat.says(ANA, "¿cuánto cuesta?")
+    chat.says(ANA, "¿y hay beca?")
+    chat.says(ANA, "/ayuda")
+    chat.heard(ANA)
+    chat.hilo.rows("UPDATE users SET mode_until = now() - interval '1 s' WHERE user_phone = :u", u=ANA)
+    hand_back(chat, processes=4)
+    assert chat.heard(ANA) == [NOBODY, "Eco: ¿cuánto cuesta?\n¿y hay beca?"] and chat.mode() == "bot"
+    hand_back(chat)
+    chat.says(ANA, "gracias")
+    assert chat.heard(ANA) == ["Eco: gracias"]
+    assert chat.hilo.rows("SELECT 1 AS x FROM runs WHERE pending <> 0") == []
+
+
+def test_time_of_an_advisor_who_answered_runs_out_and_nothing_is_said(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.says(MARTA, "hola")
+    chat.says(ANA, "gracias")
+    chat.heard(ANA)
+    chat.hilo.rows("UPDATE users SET mode_until = now() - interval '1 s' WHERE user_phone = :u", u=ANA)
+    hand_back(chat)
+    assert chat.heard(ANA) == [] and chat.mode() == "bot"
+
+
+# --- Nobody is reached ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["error", "undeliver"])
+def test_request_that_reaches_no_advisor_is_given_back_and_the_user_told_how_else(
+    start: Start, twilio: Simulator, way: str
+) -> None:
+    chat = Chat(start(ASESORES=f"{MARTA}, {PACO}", ASESOR_CONTACTO="tel. 55", TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    chat.says(MARTA, "hola")  # so that she is a user too
+    for who in (MARTA, PACO):
+        twilio.fault("send", way, code=63016, to=who, times=None, **({"status": 400} if way == "error" else {}))
+    chat.heard(MARTA)
+    chat.says(ANA, "/asesor mi beca")
+    lost = "SELECT 1 AS x FROM messages WHERE state IN ('failed', 'undelivered')"
+    wait_for(lambda: len(chat.hilo.rows(lost)) == 2)
+    hand_back(chat, processes=2)
+    assert chat.heard(ANA) == [WANTS, f"{NOBODY} Puedes hablar con una persona aquí: tel. 55"] and chat.mode() == "bot"
+    assert f"<{TEMPLATE}>" not in chat.heard(MARTA) + chat.heard(PACO)
+
+
+def test_request_that_reaches_one_advisor_is_not_given_back(chat: Chat) -> None:
+    chat.twilio.fault("send", "error", code=63016, to=PACO, times=None, status=400)
+    chat.says(ANA, "/asesor")
+    hand_back(chat)
+    assert chat.heard(ANA) == [WANTS] and chat.mode() == "human"
+
+
+def test_request_that_the_webhook_does_not_take_is_given_back(
+    start: Start, twilio: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asesor, "ESPERAS", (0.0, 0.1))
+    chat = Chat(start(ASESOR_WEBHOOK_URL="http://127.0.0.1:9/hilo"), twilio)
+    chat.says(ANA, "/asesor")
+    chat.says(ANA, "¿hola?")
+    wait_for(lambda: chat.hilo.rows("SELECT 1 AS x FROM users WHERE mode = 'bot' OR mode_until <= now()"))
+    hand_back(chat)
+    assert chat.heard(ANA) == [WANTS, NOBODY, "Eco: ¿hola?"] and chat.mode() == "bot"
+
+
+def test_request_whose_process_ends_before_the_webhook_has_taken_it_waits_a_minute(
+    start: Start, twilio: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asesor, "ESPERAS", (60.0,))
+    chat = Chat(start(ASESOR_WEBHOOK_URL="http://127.0.0.1:9/hilo"), twilio)
+    chat.says(ANA, "/asesor")
+    left = "SELECT extract(epoch FROM mode_until - now()) AS s FROM users"
+    assert 50 < chat.hilo.rows(left)[0]["s"] <= 60
+
+
+def test_user_is_handed_over_without_an_assistant_and_without_a_traditional_flow(
+    start: Start, twilio: Simulator
+) -> None:
+    chat = Chat(start(ASESORES=MARTA, ASSISTANT_ID=""), twilio)
+    chat.hilo.gateway.plugins.unload("tools.flujo_tradicional")
+    chat.says(ANA, "quiero hablar con una persona")
+    assert chat.heard(ANA) == [WANTS] and len(chat.heard(MARTA)) == 1
+
+
+@pytest.mark.parametrize("advisors", [f"{MARTA}, {PACO}", ""])
+def test_user_who_asks_for_a_person_without_an_assistant_is_handed_over_where_there_are_advisors(
+    start: Start, twilio: Simulator, advisors: str
+) -> None:
+    chat = Chat(start(ASESORES=advisors, THREADS_INTEGRATION_ENABLED="false"), twilio)
+    chat.says(ANA, "quiero hablar con una persona")
+    assert (chat.heard(ANA) == [WANTS]) == bool(advisors) == (chat.mode() == "human")
+    notices = chat.heard(MARTA)
+    assert [("Motivo: quiero hablar con una persona" in notice) for notice in notices] == [True] * bool(advisors)
+    chat.says(LUIS, "hacen descuentos?")
+    assert ("*/asesor*" in chat.heard(LUIS)[0]) == bool(advisors)
 
 
 # --- Files and long texts ---------------------------------------------------------------------------------
@@ -319,6 +491,8 @@ def test_webhook_gets_requests_and_messages(
     assert (request["evento"], request["direccion"], request["motivo"]) == ("pedido", ANA, "mi beca")
     assert request["resumen"][:2] == ["— Ana: hola", "— Asistente: Eco: hola"]
     assert (message["evento"], message["texto"], message["nombre"]) == ("mensaje", "¿hay alguien?", "Ana")
+    left = "SELECT extract(epoch FROM mode_until - now()) AS s FROM users"
+    wait_for(lambda: chat.hilo.rows(left)[0]["s"] > 3500)  # it was taken, so the user waits the whole time
 
 
 # --- The 24-hour window -----------------------------------------------------------------------------------
@@ -343,7 +517,24 @@ def test_advisor_learns_that_a_users_window_is_shut_and_the_user_gets_the_templa
     chat.hilo.rows("UPDATE users SET last_in_at = now() - interval '25 hours' WHERE user_phone = :u", u=ANA)
     chat.says(MARTA, "¿sigues ahí?")
     assert chat.heard(ANA) == [f"<{TEMPLATE}>"]
-    assert chat.heard(MARTA)[0].startswith("⚠️ *Ana* (+52…0001) no escribe desde hace más de 24 horas")
+    (told,) = chat.heard(MARTA)
+    assert told.startswith("⚠️ *Ana* (+52…0001) no escribe desde hace más de 24 horas")
+
+
+@pytest.mark.parametrize("way", ["error", "undeliver"])
+def test_advisors_message_that_twilio_says_came_too_late_leads_to_the_template_and_the_advisor_knows(
+    start: Start, twilio: Simulator, way: str
+) -> None:
+    chat = Chat(start(ASESORES=MARTA, TWILIO_TEMPLATE_SID=TEMPLATE), twilio)
+    chat.says(ANA, "/asesor")
+    chat.heard(ANA), chat.heard(MARTA)
+    twilio.fault("send", way, code=63016, to=ANA, **({"status": 400} if way == "error" else {}))
+    chat.says(MARTA, "¿sigues ahí?")
+    wait_for(lambda: chat.hilo.rows("SELECT 1 AS x FROM messages WHERE content_sid IS NOT NULL AND sid IS NOT NULL"))
+    chat.hilo.done()
+    assert chat.heard(ANA)[-1] == f"<{TEMPLATE}>" and chat.mode() == "human"
+    (told,) = chat.heard(MARTA)
+    assert told.startswith("⚠️ *Ana* (+52…0001) no escribe desde hace más de 24 horas")
 
 
 def test_window_that_twilio_says_is_shut_leads_to_the_template_in_the_same_run(start: Start, twilio: Simulator) -> None:

@@ -15,6 +15,7 @@ own that implements `fallback_reply` is asked before this one.
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -138,7 +139,18 @@ def lista(charla: Charla, listado: Sequence[Curso], encabezado: str, datos: Sequ
 def asesor(charla: Charla) -> str:
     """How to reach a person."""
     contacto = charla.ajuste("ASESOR_CONTACTO")
-    return charla.t("flujo_asesor", contacto=contacto) if contacto else charla.t("flujo_asesor_sin_contacto")
+    vias = [charla.t("flujo_asesor_comando")] if hay_asesores(charla) else []
+    vias += [charla.t("flujo_asesor", contacto=contacto)] if contacto else []
+    return "\n".join(vias) or charla.t("flujo_asesor_sin_contacto")
+
+
+def hay_asesores(charla: Charla) -> bool:
+    """Whether there is a command that calls one: another plugin's, which says so in its lines for /ayuda."""
+    plugin = sys.modules.get("tools.asesor")
+    try:
+        return bool(plugin and plugin.ayuda(charla.context))
+    except Exception:  # its settings, or the database: an answer without it is better than none
+        return False
 
 
 def inscripcion(charla: Charla, curso: Curso | None) -> list[str]:

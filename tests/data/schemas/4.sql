@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS users (
                          'human',                -- an advisor answers; the assistant is silent
                          'out')),                -- the user wants no messages
     mode_since       timestamptz,
-    mode_until       timestamptz,                -- human: when the assistant takes over again
+    mode_until       timestamptz,                -- human: when the assistant takes over again; out: when it would have
     mode_run         bigint,                     -- the run that caused the mode: it alone still sends its reply
     seed_after       bigint NOT NULL DEFAULT 0,  -- messages up to this id are not told to a new conversation
     created_at       timestamptz NOT NULL DEFAULT now(),
@@ -53,7 +53,8 @@ CREATE TABLE IF NOT EXISTS users (
 );
 ALTER TABLE users ADD COLUMN IF NOT EXISTS opt_at timestamptz; -- when the latest word to leave or to return was written
 ALTER TABLE users ADD COLUMN IF NOT EXISTS seed_run bigint NOT NULL DEFAULT 0; -- nor what belongs to a run before this one
-CREATE INDEX IF NOT EXISTS users_with_advisor ON users (mode_until) WHERE mode = 'human';
+DROP INDEX IF EXISTS users_with_advisor;
+CREATE INDEX IF NOT EXISTS users_by_mode_until ON users (mode_until) WHERE mode_until IS NOT NULL;
 
 -- Other addresses of a person than the one that the row in users is named by: WhatsApp shows a number or a username.
 CREATE TABLE IF NOT EXISTS addresses (
@@ -341,8 +342,9 @@ BEGIN
         RETURN;
     END IF;
     IF p_opt IS NOT NULL THEN -- from here on a run under way sends nothing more; the one that takes this message will
-        UPDATE users u SET mode = CASE p_opt WHEN 'out' THEN 'out' ELSE 'bot' END, mode_since = now(), mode_until = NULL,
-            mode_run = NULL WHERE u.user_phone = who;
+        UPDATE users u SET mode = CASE p_opt WHEN 'out' THEN 'out' ELSE 'bot' END, mode_run = NULL,
+            mode_since = CASE WHEN p_opt = 'out' AND u.mode_until IS NOT NULL THEN u.mode_since ELSE now() END,
+            mode_until = CASE p_opt WHEN 'out' THEN u.mode_until END WHERE u.user_phone = who;
     END IF;
     RETURN QUERY INSERT INTO runs AS r (user_phone, due_at, pending) VALUES (who, now() + p_burst * interval '1 s', 1)
         ON CONFLICT (user_phone) WHERE state <> 'done' DO UPDATE SET
