@@ -48,14 +48,13 @@ def remedy(db: Database, settings: Settings, user: str, run_id: int) -> bool:
 def hand_back(db: Database, settings: Settings) -> list[bool]:
     """Give conversations back to the assistant whose time is up, or of which nobody could be told; return for each
     whether the user is told, in a run that is due now, that no advisor came."""
-    contact = settings.get("ASESOR_CONTACTO")
-    texts = {
-        language: " ".join([texto("asesor_nadie", language), *contacts(contact, language)]) for language in IDIOMAS
-    }
+    texts = {language: nobody_came(settings, language) for language in IDIOMAS}
     webhook = bool(settings.get("ASESOR_WEBHOOK_URL"))  # it may have reached somebody: only the time tells
     return [row["told"] for row in db.all("hand_back", texts=json.dumps(texts), webhook=webhook)]
 
 
-def contacts(contact: str, language: str) -> list[str]:
-    """Return how else to reach a person, if that is known."""
-    return [texto("asesor_contacto", language, contacto=contact)] if contact else []
+def nobody_came(settings: Settings, language: str) -> str:
+    """Return what a user is told whom no advisor has answered, with how else to reach a person, if that is known."""
+    contact = settings.get("ASESOR_CONTACTO")
+    elsewhere = [texto("asesor_contacto", language, contacto=contact)] if contact else []
+    return " ".join([texto("asesor_nadie", language), *elsewhere])

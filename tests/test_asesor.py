@@ -207,8 +207,8 @@ def test_advisor_who_leaves_is_passed_over_and_the_others_are_asked(chat: Chat) 
     assert len(chat.heard(PACO)) == 1 and chat.heard(MARTA) == []
     chat.says(PACO, "baja")
     chat.says(ANA, "¿y ahora?")  # nobody is left
-    (answer,) = chat.heard(ANA)
-    assert answer.endswith("¿y ahora?") and chat.mode() == "bot"
+    told, answer = chat.heard(ANA)
+    assert told == NOBODY and answer.endswith("¿y ahora?") and chat.mode() == "bot"
     chat.says(ANA, "/asesor")
     assert chat.heard(ANA)[0].startswith("Por este chat no hay asesores por ahora.")
 

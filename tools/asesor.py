@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from handoff import identity as identidad
+from handoff import nobody_came
 from tools import Context, Message, Part, PluginError, ToolError, hookimpl
 from tools._flujo_lectura import leer
 from tools._textos import texto
@@ -222,13 +223,15 @@ def con_asesor(message: Message, context: Context, ajustes: Ajustes) -> list[Par
     """Take what a user says to the advisors. When their time is up the assistant answers, which is None.
 
     Only where an advisor has answered does it give them more time: nobody waits for ever for one who does not."""
+    atendido = encargado(context, context.address) is not None
     filas = context.query(
         "UPDATE users SET mode_until = CASE WHEN :atendido THEN now() + :minutos::float8 * interval '1 minute'"
         " ELSE mode_until END WHERE user_phone = :u AND mode = 'human' AND mode_until > now() RETURNING 1 AS sigue",
-        u=context.address, minutos=ajustes.minutos, atendido=encargado(context, context.address) is not None,
+        u=context.address, minutos=ajustes.minutos, atendido=atendido,
     )  # fmt: skip
     if not filas or not hay_alguien(context, ajustes):
-        devolver(context, context.address)
+        if devolver(context, context.address) and not atendido:
+            context.send(nobody_came(context.settings, context.language))
         return None
     publicar(context, ajustes, "mensaje", message)
     dicho = texto("asesor_dice_usuario", quien=quien(context, message), texto=en_palabras(message, "es"))
