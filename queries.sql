@@ -357,7 +357,7 @@ WITH u AS MATERIALIZED (
         SELECT bool_and(m.state IN ('failed', 'undelivered', 'withheld')) FROM runs r JOIN messages m ON m.run_id = r.id
         WHERE r.user_phone = u.user_phone AND coalesce(r.finished_at, now()) >= u.mode_since
             AND m.direction = 'out' AND m.user_phone <> u.user_phone AND m.at >= u.mode_since))
-    FOR UPDATE OF u),
+    FOR NO KEY UPDATE OF u),
 w AS MATERIALIZED (
     SELECT m.id, m.user_phone FROM u JOIN runs r USING (user_phone) JOIN messages m ON m.run_id = r.id
     WHERE NOT u.answered AND coalesce(r.finished_at, now()) >= u.since AND m.direction = 'in' AND m.opt IS NULL
