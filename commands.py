@@ -31,8 +31,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigurationError, NotFound, localdb.LocalDatabaseError) as error:
         print(error, file=sys.stderr)
     except (DatabaseDown, DatabaseFault) as error:
-        missing = getattr(error, "sqlstate", "") == "42P01"
-        print(f"database: {'its schema is missing: python gateway.py migrate' if missing else error}", file=sys.stderr)
+        print(f"database: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read on, as `head`, has had enough

@@ -26,6 +26,7 @@ STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
 MIGRATION_TRIES = 12  # of five seconds, while others hold a table
+MISSING = {"42P01": "table", "42703": "column", "42883": "function"}  # what an earlier schema may lack, by SQLSTATE
 
 
 def load_queries(path: Path = HERE / "queries.sql") -> dict[str, str]:
@@ -44,6 +45,8 @@ class DatabaseFault(Exception):
     migration, `what` is PostgreSQL's sentence."""
 
     def __init__(self, sqlstate: str, what: str = ""):
+        if not what and sqlstate in MISSING:
+            what = f"(no such {MISSING[sqlstate]}): where it is one of Hilo's, run python gateway.py migrate"
         super().__init__(f"SQLSTATE {sqlstate}{' ' + what if what else ''}")
         self.sqlstate = sqlstate
 

@@ -88,8 +88,14 @@ def test_fault_is_an_sqlstate_and_a_constraint_and_quotes_nobody(db: Database) -
     with pytest.raises(DatabaseFault) as caught:
         db.rows("INSERT INTO t VALUES (:x)", {"x": "un secreto"})
     assert str(caught.value) == "SQLSTATE 23514 corta" and caught.value.__cause__ is None
-    with pytest.raises(DatabaseFault, match=r"^SQLSTATE 42P01$"):
-        db.rows("SELECT * FROM no_existe")
+    for statement, missing in (
+        ("SELECT * FROM no_existe", r"42P01 \(no such table\)"),
+        ("SELECT no_existe(1)", r"42883 \(no such function\)"),
+        ("SELECT no_existe FROM t", r"42703 \(no such column\)"),
+    ):
+        words = f"^SQLSTATE {missing}: where it is one of Hilo's, run python gateway.py migrate$"
+        with pytest.raises(DatabaseFault, match=words):
+            db.rows(statement)
     assert db.rows("SELECT 1 AS n") == [{"n": 1}]  # the connection is as good as before
 
 
