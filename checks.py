@@ -21,7 +21,7 @@ from twilio.request_validator import RequestValidator
 
 import gateway
 import localdb
-from database import HERE, Database, DatabaseDown, DatabaseFault, installed_version, schema_version
+from database import SCHEMA, Database, DatabaseDown, DatabaseFault, in_the_way, installed_version, schema_version
 from forget import said
 from settings import ConfigurationError, legacy_assistant, load_assistants, mask, read_environment, read_settings, scrub
 from settings import variables as known_variables
@@ -170,15 +170,18 @@ class Checks:
 
     def schema(self, db: Database) -> Iterator[Finding]:
         """Check the tables' version, the extensions, and what is in the tables."""
-        text = (HERE / "schema.sql").read_text("utf-8")
+        text = SCHEMA.read_text("utf-8")
         with db.connection() as connection:
             installed = installed_version(connection)
+            theirs, _, instead = ("" if installed else in_the_way(connection)).partition(". ")
         wanted = schema_version(text)
         for name in sorted(set(re.findall(r"(?mi)^CREATE EXTENSION IF NOT EXISTS (\w+)", text))):
             yield extension(db, name)
         state = f"version {installed} of {wanted}" if installed else "not there yet"
         may = db.rows("SELECT has_schema_privilege(current_schema(), 'CREATE') AS create")[0]["create"]
-        if installed < wanted and not may:
+        if theirs:
+            yield fault("schema", theirs, instead)
+        elif installed < wanted and not may:
             yield fault("schema", f"{state}, and this user may make no tables", "run migrate as the database's owner")
         elif installed < wanted:
             yield warning("schema", f"{state}: `serve` applies it when it starts", "or run python gateway.py migrate")

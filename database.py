@@ -18,6 +18,7 @@ import pg8000.native
 from settings import ConfigurationError
 
 HERE = Path(__file__).parent
+SCHEMA = HERE / "schema.sql"
 CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
 PATIENCE = 30.0  # seconds that a connection may be silent for, which a statement_timeout does not bound
 HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a database that did not answer
@@ -333,7 +334,7 @@ def schema_version(text: str) -> int:
 
 def migrate(url: str) -> bool:
     """Apply schema.sql where it is missing or old; return whether it was. Raises DatabaseDown or DatabaseFault."""
-    text = (HERE / "schema.sql").read_text("utf-8")
+    text = SCHEMA.read_text("utf-8")
     database = Database(url, 1)
     try:
         with database.connection() as connection:
@@ -369,7 +370,20 @@ def apply(connection: Connection, text: str) -> None:
 
 def installed_version(connection: Connection) -> int:
     """Return the version of the schema in a database, 0 where there is none."""
-    if not connection.run("SELECT to_regclass('hilo')")[0][0]:
+    ours = "SELECT count(*) = 2 FROM pg_attribute WHERE attrelid = to_regclass('hilo') AND attname IN ('key', 'value')"
+    if not connection.run(ours)[0][0]:
         return 0
     rows = connection.run("SELECT value FROM hilo WHERE key = 'schema_version'")
     return int(rows[0][0]) if rows else 0
+
+
+def in_the_way(connection: Connection) -> str:
+    """Return what schema.sql would say of another program's tables, "" where none is in its way."""
+    question = re.search(r"(?ms)^DO \$\$ -- Is there another program's.*?^END \$\$;", SCHEMA.read_text("utf-8"))
+    try:
+        connection.run(question[0] if question else "")
+    except pg8000.native.DatabaseError as error:
+        if error.args[0].get("C") != "42P07":
+            raise
+        return str(error.args[0]["M"])
+    return ""

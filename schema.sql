@@ -7,17 +7,23 @@
 BEGIN; -- all or nothing
 SET client_min_messages = warning;
 
-DO $$
+DO $$ BEGIN PERFORM pg_advisory_xact_lock(4815162342); END $$; -- one at a time
+
+DO $$ -- Is there another program's work in the way? `check` asks the same.
 DECLARE
-    foreign_tables text;
+    theirs text;
 BEGIN
-    PERFORM pg_advisory_xact_lock(4815162342); -- one at a time
-    SELECT string_agg(relname, ', ' ORDER BY relname) INTO foreign_tables FROM pg_class
-        WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p', 'v', 'm')
-        AND relname IN ('users', 'addresses', 'runs', 'messages', 'responses', 'tool_calls', 'discarded_threads');
-    IF foreign_tables IS NOT NULL AND to_regclass('hilo') IS NULL THEN
+    SELECT string_agg(CASE relname WHEN 'oa_threads_map' THEN 'oa_threads_map (no table with user_phone and thread_id)'
+            ELSE relname END, ', ' ORDER BY relname) INTO theirs
+        FROM pg_class, LATERAL (SELECT relkind = 'r' AND array_agg(attname::text) @> '{user_phone, thread_id}'
+            FROM pg_attribute WHERE attrelid = pg_class.oid AND NOT attisdropped) AS a (map)
+        WHERE relnamespace = current_schema()::regnamespace AND (relname = 'oa_threads_map' AND NOT map OR relname IN ('hilo',
+            'users', 'addresses', 'runs', 'messages', 'responses', 'tool_calls', 'discarded_threads', 'cursos',
+            'cursos_vocabulario'));
+    IF theirs IS NOT NULL AND 2 <> (SELECT count(*) FROM pg_attribute
+            WHERE attrelid = to_regclass('hilo') AND attname IN ('key', 'value')) THEN
         RAISE EXCEPTION 'another program has tables of these names here: %. Give Hilo another database or another schema '
-            '(CREATE SCHEMA hilo, and DATABASE_URL=…?options=-csearch_path%%3Dhilo)', foreign_tables
+            '(CREATE SCHEMA hilo, and DATABASE_URL=…?options=-csearch_path%%3Dhilo)', theirs
             USING ERRCODE = 'duplicate_table';
     END IF;
 END $$;

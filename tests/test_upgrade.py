@@ -16,7 +16,8 @@ from typing import Any
 import pg8000.native
 import pytest
 
-from database import HERE, MIGRATION_LOCK, DatabaseFault, connection_options, migrate, schema_version
+from checks import Checks
+from database import HERE, MIGRATION_LOCK, Database, DatabaseFault, connection_options, migrate, schema_version
 from settings import load_settings
 from simulator import Simulator
 from tests.conftest import ANA, Hilo, Server, environment, wait_for
@@ -261,11 +262,30 @@ def test_column_of_a_type_that_holds_no_moment_is_kept_under_another_name(base: 
     assert row["last_used_at_before"] == 1755000000 and row["last_used_at"][:2] == "20"
 
 
-def test_tables_of_another_program_are_left_alone_and_named(base: Base) -> None:
-    base.run("CREATE TABLE users (id int PRIMARY KEY); CREATE TABLE messages (id int); INSERT INTO messages VALUES (1)")
-    with pytest.raises(DatabaseFault, match=r"messages, users.*another schema"):
+IN_THE_WAY = {
+    "messages, users": "CREATE TABLE users (id int PRIMARY KEY); CREATE TABLE messages (id int)",
+    "cursos": "CREATE TABLE cursos (id int)",
+    "cursos_vocabulario": "CREATE VIEW cursos_vocabulario AS SELECT 1 AS uno",
+    "hilo": "CREATE TABLE hilo (id int)",
+    "oa_threads_map (no table with user_phone and thread_id), users": """
+        CREATE TABLE oa_threads_map (phone text, thread_id text); CREATE TYPE users AS (id int)""",
+    "oa_threads_map (no table with user_phone and thread_id)": """
+        CREATE TABLE leads (phone text); INSERT INTO leads VALUES ('+52');
+        CREATE VIEW oa_threads_map AS SELECT phone AS user_phone, '' AS thread_id FROM leads""",
+}
+
+
+@pytest.mark.parametrize("names", IN_THE_WAY)
+def test_tables_of_another_program_are_left_alone_and_named_by_migrate_and_check(names: str, base: Base) -> None:
+    base.run(IN_THE_WAY[names])
+    before, structure = base.everything(), base.structure()
+    sentence = f"another program has tables of these names here: {names}"
+    with pytest.raises(DatabaseFault, match=rf"^SQLSTATE 42P07 {re.escape(sentence)}\. Give Hilo .*another schema"):
         migrate(base.url)
-    assert base.everything() == {"messages": [{"id": 1}], "users": []}
+    assert base.everything() == before and base.structure() == structure
+    with contextlib.closing(Database(base.url, 1)) as db:
+        [found] = [found for found in Checks(offline=True).schema(db) if found.check == "schema"]
+    assert (found.status, found.text) == ("fault", sentence) and found.todo.startswith("Give Hilo another database")
 
 
 def test_schema_of_its_own_in_the_url_keeps_hilo_apart_from_another_program(base: Base) -> None:
