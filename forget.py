@@ -16,7 +16,7 @@ import requests
 from twilio.base.exceptions import TwilioException, TwilioRestException
 
 from database import Database
-from reports import names_of, users_named
+from reports import named, names_of, users_named
 from settings import Settings, mask
 from whatsapp import NotSent, WhatsApp
 
@@ -262,7 +262,7 @@ def said(error: Exception) -> str:
 def lines(forgetting: Forgetting, address: str) -> Iterator[str]:
     """Yield what was removed, and what was not."""
     removed = [f"{count:>7}  {what}" for what, count in forgetting.removed.items() if count]
-    yield f"Forgotten of {mask(address)}:" if removed else f"Nothing is known of {mask(address)}."
+    yield f"Forgotten of {mask(address)}:" if removed else f"Nothing is known of {named(address)}."
     yield from removed
     for what in forgetting.left:
         yield f"❌ not removed: {what}"

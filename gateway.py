@@ -158,6 +158,12 @@ def trouble_of(error: openai.APIError) -> tuple[Trouble, float]:
     return Trouble.GIVE_UP, 0
 
 
+def failure_of(error: openai.APIError) -> str:
+    """Return an error's kind, HTTP status and code, without the text, which may quote a user."""
+    status = getattr(error, "status_code", None)
+    return " ".join(filter(None, (type(error).__name__, str(status or ""), str(error.code or "")[:60])))
+
+
 class ThreadsAdapter:
     """One OpenAI conversation a user, one response a step (https://platform.openai.com/docs/api-reference/responses)."""
 
@@ -521,7 +527,8 @@ class Journey:
         """Decide what follows an error of OpenAI: again, on a new conversation, or without the model."""
         trouble, seconds = trouble_of(error)
         status = getattr(error, "status_code", None)
-        run.log.warning("⚠️ OpenAI: %s %s %s", type(error).__name__, status or "", error.code or "")
+        run.failure = failure_of(error)
+        run.log.warning("⚠️ OpenAI: %s", run.failure)
         if status is None or status >= 500 or status in (401, 403, 429):
             self.threads.breaker.failed(run.id)
         if trouble is Trouble.GIVE_UP:
@@ -552,6 +559,7 @@ class Journey:
         except openai.NotFoundError:
             return self.runs.rotate(run, f"response {run.response_id} is not there")
         except openai.APIError as error:
+            run.failure = f"poll: {failure_of(error)}"
             run.log.warning("⚠️ poll failed: %s", type(error).__name__)
             self.threads.breaker.failed(run.id)
             return self.runs.put_down(run, min(1.0, max(0.0, run.seconds_left)))
@@ -600,6 +608,7 @@ class Journey:
             self.db.one("note_response", **run.ended)
             self.runs.rotate(run, f"the response ended as {code}")
             return self.runs.put_down(run, 0.5)
+        run.failure = f"the response ended as {code}"
         run.log.warning("⚠️ response %s ended as %s", response.id, code)
         self.fall_back(run, "timeout" if run.seconds_left <= 0 else "error")
 

@@ -120,6 +120,7 @@ FROM w WHERE r.id = w.run_id AND r.state <> 'done' RETURNING r.id, r.held
 
 -- name: put_down
 UPDATE runs SET held = false, creating = :creating::boolean, tries = tries + :tries::int,
+    failures = with_failure(failures, :failure),
     due_at = CASE WHEN wakes <> :seen::int THEN now()
         WHEN state <> 'sending' AND deadline IS NOT NULL
             THEN least(now() + :seconds::float8 * interval '1 s', greatest(deadline, now()))
@@ -129,7 +130,8 @@ WHERE id = :id AND attempt = :a RETURNING extract(epoch FROM due_at - now())::fl
 -- name: rotate
 -- The conversation that is left is deleted at OpenAI, once nothing can be under way on it any more.
 WITH r AS (
-    UPDATE runs SET state = 'queued', response_id = NULL, creating = false, tries = tries + 1
+    UPDATE runs SET state = 'queued', response_id = NULL, creating = false, tries = tries + 1,
+        failures = with_failure(failures, :failure)
     WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING user_phone),
 d AS (DELETE FROM oa_threads_map WHERE user_phone = (SELECT user_phone FROM r) RETURNING thread_id),
 k AS (INSERT INTO discarded_threads SELECT thread_id, now() + interval '1 hour' FROM d ON CONFLICT DO NOTHING)
@@ -168,7 +170,8 @@ WITH e AS (
     UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
         output_tokens = :o::int WHERE id = :resp RETURNING 1),
 r AS (
-    UPDATE runs SET state = 'sending', outcome = :outcome, reason = :reason, written_at = now(), creating = false
+    UPDATE runs SET state = 'sending', outcome = :outcome, reason = :reason, written_at = now(), creating = false,
+        failures = with_failure(failures, :failure)
     WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting')
         AND (SELECT count(*) FROM e) >= 0 -- first the response, then the run: the order in which webhooks lock them
     RETURNING id, user_phone),

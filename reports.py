@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from database import Database
@@ -96,7 +97,7 @@ def runs_of(db: Database, address: str) -> Iterator[str]:
     who = users_named(db, address)
     rows = db.rows(RUNS_OF, {"who": who, "n": LISTED})
     if not who or not rows:
-        raise NotFound(f"there is no run of {mask(address)}")
+        raise NotFound(f"there is no run of {named(address)}")
     yield f"The latest runs of {mask(who[0])}:"
     yield from map(line, rows)
 
@@ -110,6 +111,12 @@ def names_of(address: str) -> list[str]:
     return list(dict.fromkeys([address, f"whatsapp:{bare}", bare, *numbers]))
 
 
+def named(address: str) -> str:
+    """Return what an operator typed for a user, masked where it is an address."""
+    number = re.sub(r"[\s().-]", "", address)
+    return mask(address) if re.match(r"whatsapp:|\+?\d{7,}$", number) else repr(address)
+
+
 def users_named(db: Database, address: str) -> list[str]:
     """Return the user_phone of whoever has an address or external user id."""
     return [row["user_phone"] for row in db.rows(WHO, {"names": names_of(address)})]
@@ -118,13 +125,18 @@ def users_named(db: Database, address: str) -> list[str]:
 def line(run: dict[str, Any]) -> str:
     """Return a run as one line of a list."""
     state = run["outcome"] if run["state"] == "done" else run["state"]
-    words = [f"  {run['id']:>6}  {mask(run['user_phone']):<20}  {run['created_at']:%m-%d %H:%M:%S}  {state:<11}"]
+    words = [f"  {run['id']:>6}  {mask(run['user_phone']):<20}  {clock(run['created_at'])}  {state:<11}"]
     words.append(f"{'took' if run['state'] == 'done' else 'age'} {span(run['age'])}")
     if run["due"] is not None:
         words.append(f"due in {span(run['due'])}" if run["due"] > 0 else f"{span(-run['due'])} late")
         words.append("held by a worker" if run["held"] else "")
     words += [run["reason"] or "", f"try {run['tries'] + 1}" if run["tries"] else "", crashed(run)]
     return "  ".join(filter(None, words)).rstrip()
+
+
+def clock(at: datetime) -> str:
+    """Return a moment in UTC, as the log has it, without the year: 11-26 03:24:31Z."""
+    return f"{at.astimezone(UTC):%m-%d %H:%M:%SZ}"
 
 
 def crashed(run: dict[str, Any]) -> str:
@@ -157,14 +169,14 @@ def story(db: Database, run_id: int, with_text: bool) -> Iterator[str]:
     run = db.rows(RUN, {"id": run_id})[0]
     yield f"Run {run_id} of {mask(run['user_phone'])}: {run['outcome'] or run['state']}{because(run)}"
     facts = {"assistant": run["assistant"], "thread": run["thread_id"], "rounds of tools": run["rounds"] or None,
-             "failed tries": run["tries"] or None, "claims": run["attempt"]}  # fmt: skip
+             "failed tries": None if run["failures"] else run["tries"] or None, "claims": run["attempt"]}  # fmt: skip
     yield "  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     yield ""
     begin = run["created_at"]
     for step in sorted(steps(db, run), key=lambda step: step.at):
-        yield f"  {step.at:%m-%d %H:%M:%S}  {(step.at - begin).total_seconds():+9.2f} s  {step.text}"
+        yield f"  {clock(step.at)}  {(step.at - begin).total_seconds():+9.2f} s  {step.text}"
         if with_text and step.more:
-            yield from (f"{'':30}│ {text}" for text in step.more.splitlines())
+            yield from (f"{'':31}│ {text}" for text in step.more.splitlines())
     if run["state"] != "done":
         late = (run["now"] - run["due_at"]).total_seconds()
         held = ", held by a worker" if run["held"] else ""
@@ -173,12 +185,16 @@ def story(db: Database, run_id: int, with_text: bool) -> Iterator[str]:
 
 def because(run: dict[str, Any]) -> str:
     """Return a run's reason in brackets: why it fell back, or Twilio's error code."""
-    return f" ({run['reason']})" if run["reason"] else ""
+    unasked = run["reason"] == "openai_down" and not (run["failures"] or run["tries"])
+    more = ": not asked, after failures of other runs" if unasked else ""
+    return f" ({run['reason']}{more})" if run["reason"] else ""
 
 
 def steps(db: Database, run: dict[str, Any]) -> Iterator[Step]:
     """Yield what the tables know of a run, in no order."""
     key = {"id": run["id"]}
+    for failure in run["failures"] or ():
+        yield Step(datetime.fromisoformat(failure["at"]), f"OpenAI failed: {failure['code']}")
     moments = {
         "created_at": "the run was made", "started_at": "a worker took its messages",
         "written_at": "the reply was written", "finished_at": f"done: {run['outcome']}{because(run)}",

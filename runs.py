@@ -68,6 +68,7 @@ class Run:
     call_timeout: float
     turn: list[dict[str, Any]] = field(default_factory=list)
     held: bool = True
+    failure: str | None = None  # what OpenAI failed with just now, until it is written down
     ended: dict[str, Any] = field(default_factory=lambda: {"resp": None, "status": None, "i": None, "o": None})
 
     def __post_init__(self) -> None:
@@ -146,20 +147,24 @@ class Runs:
         """Let go of a run until `seconds` from now, or at once where it was woken meanwhile, unless somebody outside
         has `asked` for that time."""
         seen = None if asked else run.wakes
-        row = self.fenced(run, "put_down", seconds=float(seconds), seen=seen, tries=tries, creating=run.creating)
+        row = self.fenced(
+            run, "put_down", seconds=float(seconds), seen=seen, tries=tries, creating=run.creating, failure=run.failure
+        )
         run.held = False
         self.wake_in(row["seconds"])
 
     def rotate(self, run: Run, why: str) -> None:
         """Leave the conversation behind: the run begins again on a new one, seeded from our own transcript."""
         run.log.warning("⚠️ thread %s left: %s", run.thread_id, why)
-        self.fenced(run, "rotate")
+        self.fenced(run, "rotate", failure=run.failure or why)
+        run.failure = None
         run.state, run.response_id, run.creating, run.tries = "queued", None, False, run.tries + 1
 
     def write(self, run: Run, parts: list[Part], outcome: str, reason: str | None = None, leave: bool = False) -> None:
         """Make the reply's parts rows; `leave` leaves no thread behind for the next turn."""
         rows = [{k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(part).items()} for part in parts]
-        self.fenced(run, "write", parts=json.dumps(rows), outcome=outcome, reason=reason, leave=leave, **run.ended)
+        facts = {"outcome": outcome, "reason": reason, "leave": leave, "failure": run.failure, **run.ended}
+        self.fenced(run, "write", parts=json.dumps(rows), **facts)
         run.state = "sending"
 
     def finish(self, run: Run) -> dict[str, Any]:

@@ -260,8 +260,8 @@ def test_worker_that_lost_its_lease_touches_no_row(db: Database) -> None:
     fence = {"id": old["id"], "a": old["attempt"]}
     assert db.all("take", **fence, timeout=30.0) == []
     assert db.one("renew", **fence, lease=99.0) is None
-    assert db.one("put_down", **fence, seconds=0.0, seen=0, tries=0, creating=False) is None
-    assert db.one("rotate", **fence) is None
+    assert db.one("put_down", **fence, seconds=0.0, seen=0, tries=0, creating=False, failure=None) is None
+    assert db.one("rotate", **fence, failure="x") is None
     assert db.one("finish", **fence, burst=0.0) is None
     assert db.one("save_thread", **fence, thread="conv_x") is None
     assert db.rows("SELECT state, held, attempt FROM runs") == [
@@ -274,7 +274,8 @@ def test_wake_between_claim_and_put_down_is_not_lost(db: Database) -> None:
     received(db)
     (run,) = db.all("claim", n=1, lease=10.0)
     assert received(db, "SM2")["held"] is True
-    row = db.one("put_down", id=run["id"], a=run["attempt"], seconds=60.0, seen=run["wakes"], tries=0, creating=False)
+    fence = {"id": run["id"], "a": run["attempt"]}
+    row = db.one("put_down", **fence, seconds=60.0, seen=run["wakes"], tries=0, creating=False, failure=None)
     assert row and row["seconds"] <= 0
 
 
@@ -284,7 +285,8 @@ def test_create_of_unknown_outcome_stays_unknown_to_whoever_only_gives_the_run_b
     fence = {"id": run["id"], "a": run["attempt"]}
     db.one("begin_create", **fence, lease=0.0, thread="conv_1", assistant="cursos")
     (again,) = db.all("claim", n=1, lease=10.0)
-    db.one("put_down", id=run["id"], a=again["attempt"], seconds=0.0, seen=0, tries=0, creating=again["creating"])
+    fence["a"] = again["attempt"]
+    db.one("put_down", **fence, seconds=0.0, seen=0, tries=0, creating=again["creating"], failure=None)
     assert db.rows("SELECT creating, held FROM runs") == [{"creating": True, "held": False}]
 
 
@@ -293,7 +295,7 @@ def test_callback_that_comes_while_the_run_ends_is_counted(db: Database) -> None
     (run,) = db.all("claim", n=1, lease=10.0)
     fence = {"id": run["id"], "a": run["attempt"]}
     db.all("take", **fence, timeout=30.0)
-    ended = {"resp": None, "status": None, "i": None, "o": None}
+    ended = {"resp": None, "status": None, "i": None, "o": None, "failure": None}
     db.one("write", **fence, parts='[{"text": "hola"}]', outcome="answered", reason=None, leave=False, **ended)
     part = db.one("next_part", **fence, lease=10.0)
     assert part and db.one("sent", id=part["id"], sid="SM2")

@@ -164,6 +164,7 @@ CREATE TABLE IF NOT EXISTS runs (
     written_at  timestamptz,
     finished_at timestamptz
 );
+ALTER TABLE runs ADD COLUMN IF NOT EXISTS failures jsonb; -- what OpenAI failed with, ten times at most: [{"at", "code"}]
 -- One run that is not done per user: the user's own lock, and the guarantee of order.
 CREATE UNIQUE INDEX IF NOT EXISTS runs_one_open ON runs (user_phone) WHERE state <> 'done';
 CREATE INDEX IF NOT EXISTS runs_due ON runs (due_at) WHERE state <> 'done';
@@ -235,6 +236,12 @@ CREATE TABLE IF NOT EXISTS tool_calls (
     started_at   timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX IF NOT EXISTS tool_calls_of_run ON tool_calls (run_id);
+
+-- A run's failures with one more, of which nothing but the code is kept; the first ten tell what there is to know.
+CREATE OR REPLACE FUNCTION with_failure(failures jsonb, p_code text) RETURNS jsonb LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN p_code IS NULL OR jsonb_array_length(failures) >= 10 THEN failures
+        ELSE coalesce(failures, '[]') || jsonb_build_object('at', now(), 'code', p_code) END
+$$;
 
 -- Callbacks come out of order: a state only ever gives way to a higher one.
 CREATE OR REPLACE FUNCTION state_rank(state text) RETURNS int LANGUAGE sql IMMUTABLE AS $$
