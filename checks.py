@@ -130,16 +130,21 @@ class Checks:
         level = self.environ.get("LOG_LEVEL", "INFO").upper()
         if level not in logging.getLevelNamesMapping():
             yield fault("settings", f"LOG_LEVEL={level!r} cannot be used", "set DEBUG, INFO, WARNING or ERROR")
-        for name in set(self.environ) - set(known):
-            close = difflib.get_close_matches(name, known, 1, 0.88)
+        own = self.plugins.unusable(self.settings)
+        for line in own:
+            yield fault("settings", line, "correct it in the environment or .env")
+        names = {*known, *self.plugins.variables(), "LOG_LEVEL"}
+        for name in set(self.environ) - names:
+            close = difflib.get_close_matches(name, names, 1, 0.88)
             if close and not self.environ.get(close[0]):
                 yield warning("settings", f"{name} is no variable of Hilo's", f"was {close[0]} meant?")
         token = self.settings.admin_token
         if token and len(token.get_secret_value()) < SHORTEST_TOKEN:
             todo = f"use {SHORTEST_TOKEN} random characters or more"
             yield warning("settings", "ADMIN_TOKEN is so short that it can be guessed", todo)
-        number = sum(bool(self.environ.get(name, "").strip()) for name in known) - len(self.bad)
-        yield ok("settings", f"{number} of {len(known)} variables are set and can be used")
+        wrong = {re.split(r"\W", line)[0] for line in [*self.bad, *own]}
+        number = sum(bool(self.environ.get(name, "").strip()) for name in names - wrong)
+        yield ok("settings", f"{number} of {len(names)} variables are set and can be used")
 
     def database(self) -> Iterator[Finding]:
         """Check the database, and what is in it."""

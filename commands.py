@@ -17,7 +17,7 @@ import gateway
 import localdb
 from database import Database, DatabaseDown, DatabaseFault, migrate
 from reports import NotFound
-from settings import ConfigurationError, Settings, load_settings, start_log
+from settings import ConfigurationError, Settings, load_settings, scrub, start_log
 from tools import Tool
 
 DATA = Path(".data")  # where the embedded PostgreSQL is
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     try:
         return COMMANDS[options.command][1](options)
     except (ConfigurationError, NotFound, localdb.LocalDatabaseError) as error:
-        print(error, file=sys.stderr)
+        print(scrub(str(error)), file=sys.stderr)
     except (DatabaseDown, DatabaseFault) as error:
         print(f"database: {error}", file=sys.stderr)
     except KeyboardInterrupt:

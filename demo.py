@@ -32,6 +32,7 @@ from page import PEOPLE, PageOptions
 from page.inspection import Inspection
 from settings import Settings, environment, load_settings
 from simulator import Simulator
+from tools._plugins import Plugins
 from trial import say, show_log, stop_at_once, trial_database, trial_settings, until_stopped, who_answers
 
 PORT = 8001  # of the page, where it is free
@@ -67,6 +68,7 @@ def demo(options: argparse.Namespace) -> int:
         twilio.gateway_url = keeper.origin
         show_log(settings, options.log)
         keeper.prepare()  # while the database starts
+        Plugins().check_settings(settings)
         url = stack.enter_context(trial_database())
         keeper.db = stack.enter_context(contextlib.closing(Database(url, 2)))
         stack.callback(keeper.stop)  # before the database goes

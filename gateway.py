@@ -1121,6 +1121,7 @@ def serve(settings: Settings, web: bool = True) -> int:
     chores: list[Callable[[], None]] = []
     with database_of(settings, chores) as url:
         gateway = Gateway(settings, url)
+        gateway.plugins.check_settings(settings)
         gateway.upkeep.chores += chores
         prepare(gateway, url)
         server = Server(gateway, "0.0.0.0", settings.port) if web else None  # before anything has to be stopped

@@ -106,7 +106,7 @@ class Settings(pydantic.BaseModel):
 
     def get(self, name: str, default: str = "") -> str:
         """Return any other variable, for a plugin's own settings."""
-        return self.environ.get(name) or default
+        return self.environ.get(name, "").strip() or default
 
     @property
     def webhook_secret(self) -> str | None:

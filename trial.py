@@ -204,6 +204,7 @@ def show_log(settings: Settings, wanted: bool) -> None:
 def running(settings: Settings, url: str, twilio: Simulator) -> Iterator[gateway.Gateway]:
     """Lend a gateway that runs in this process, on a free port of 127.0.0.1."""
     hilo = gateway.Gateway(settings, url)
+    hilo.plugins.check_settings(settings)
     server = gateway.Server(hilo, "127.0.0.1", 0)
     twilio.gateway_url = f"http://127.0.0.1:{server.port}"
     hilo.start()

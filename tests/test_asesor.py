@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from settings import ConfigurationError, load_settings
 from simulator import Simulator
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, wait_for
 from tests.local_openai import LocalOpenAI, calls, says, script
 from tools import Context, Message, Part, asesor
+from tools._plugins import Plugins
 
 LUIS = "whatsapp:+5215511110002"
 MARTA = "whatsapp:+5215500000001"
@@ -439,13 +441,14 @@ def test_without_advisors_the_user_is_told_how_else(
     assert "55 5555 0101" in chat.hilo.rows("SELECT output FROM tool_calls")[0]["output"] and chat.mode() == "bot"
 
 
-def test_setting_that_cannot_be_used_is_named_in_the_log_and_messages_are_answered(
-    start: Start, twilio: Simulator, caplog: pytest.LogCaptureFixture
-) -> None:
-    chat = Chat(start(ASESORES="Marta"), twilio)
-    chat.says(ANA, "hola")
-    assert chat.heard(ANA) == ["Eco: hola"]
-    assert "ASESORES='Marta' cannot be used: it needs whatsapp:+ and a number" in caplog.text
+@pytest.mark.parametrize(
+    ("name", "value", "held"),
+    [("ASESORES", "Marta", "'Marta'"), ("ASESOR_MINUTOS", "0", "'0'"), ("ASESOR_TEMPLATE_SID", "aviso", "'aviso'"),
+     ("ASESOR_WEBHOOK_URL", "http://localhost.mx/clave", r"\(secret\)")],
+)  # fmt: skip
+def test_setting_that_cannot_be_used_stops_the_start(name: str, value: str, held: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name}={held} cannot be used: it needs "):
+        Plugins(["tools.asesor"]).check_settings(load_settings({name: value}))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -104,8 +106,13 @@ def test_ayuda_names_the_advisors_only_where_there_are_some(start: Start, twilio
     assert "/asesor" in say(twilio, start(ASESORES="whatsapp:+5215500000001"), "/ayuda")[0]
 
 
-def test_ayuda_of_a_plugin_that_fails_leaves_the_rest(start: Start, twilio: Simulator) -> None:
-    assert say(twilio, start(ASESORES="Marta"), "/ayuda")[0].endswith("para no recibir más mensajes")
+def test_ayuda_of_a_plugin_that_fails_leaves_the_rest(
+    woken: Hilo, twilio: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = types.ModuleType("tools.averiado")
+    broken.ayuda = lambda context: context.nada  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tools.averiado", broken)
+    assert say(twilio, woken, "/ayuda")[0].endswith("para no recibir más mensajes")
 
 
 @pytest.mark.parametrize(

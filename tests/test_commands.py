@@ -20,6 +20,7 @@ import commands
 from simulator import Simulator, whatsapp
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, free_port, wait_for
 from tests.local_openai import Fault, LocalOpenAI, calls, says, script
+from tests.process import Process
 from tools import Context, Message, Part
 from trial import load_sample
 
@@ -154,6 +155,25 @@ def test_check_of_bad_settings_names_all_of_them_and_goes_on(command: Command) -
     assert lines(result, "⚠️ settings: TWILIO_ACOUNT_SID is no variable of Hilo's → was TWILIO_ACCOUNT_SID meant?")
     assert lines(result, "❌ assistant: ASSISTANT_ID='asst_1': the Assistants API ended on 2026-08-26")
     assert lines(result, "✅ plugins: ")
+
+
+def test_settings_of_plugins_that_cannot_be_used_are_named_by_check_and_stop_the_start(
+    command: Command, tmp_path: Path
+) -> None:
+    env = {"LIMITE_MINUTO": "abc", "ASESORES": "foo,whatsapp:+5215512345678", "ASESOR_MINUTOS": "x",
+           "LIMITE_PRECIOS": "foo", "VOZ_IDIOMA": "zzzz", "LIMITE_DIAS": "9", "FORMAS_DE_PAGO": "tarjeta",
+           "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none"}  # fmt: skip
+    found = command("check", "--offline", env=env).out
+    faults = [line.partition(" ")[2] for line in found.splitlines() if line.startswith("❌ settings: ")]
+    assert sorted(line.partition("=")[0] for line in faults) == sorted(f"settings: {name}" for name in list(env)[:5])
+    assert "VOZ_IDIOMA='zzzz' cannot be used: it needs languages of two letters" in found
+    assert "15512345678" not in found
+    assert "⚠️ settings: LIMITE_DIAS is no variable of Hilo's → was LIMITE_DIA meant?" in found
+    assert "FORMAS_DE_PAGO" not in found and "✅ settings: 2 of " in found
+    with Process(tmp_path, {name: env[name] for name in ("ASESORES", "DATABASE_URL")}) as process:
+        assert process.exit_code() == 1
+        line = "ASESORES='foo,whatsapp:+52…5678' cannot be used: it needs whatsapp:+ and a number, with commas"
+        assert process.lines() == [line]
 
 
 def test_check_of_what_is_wrong_elsewhere_says_what_to_do(

@@ -511,7 +511,7 @@ def test_app_json_asks_for_settings_that_exist_and_explains_each_as_env_example_
     explained = {entry.name: entry.text for entry in env_example()}
     assert {name: entry["description"] for name, entry in app["env"].items()}.items() <= explained.items()
     needed = {name for name, entry in app["env"].items() if entry.get("required", True) and "generator" not in entry}
-    assert needed == {"PUBLIC_URL", "TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_FROM"}
+    assert needed == {"TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_FROM"}
     lines = (HERE / "Procfile").read_text("utf-8").splitlines()
     assert set(app["formation"]) | {"release"} == {line.partition(":")[0] for line in lines}
 

@@ -90,6 +90,10 @@ def plugin_variables() -> dict[str, str | None]:
     return {name: default for name, default in found.items() if name not in variables()}
 
 
+def test_plugins_declare_the_variables_that_they_read() -> None:
+    assert set(Plugins().variables()) == set(plugin_variables())
+
+
 def shown_default(value: Any) -> str:
     """Return a setting's default as one writes it into the environment."""
     return "" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(

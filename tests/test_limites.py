@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from settings import ConfigurationError, load_settings
 from simulator import Simulator
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo
 from tests.local_openai import LocalOpenAI
+from tools._plugins import Plugins
 
 LUIS = "whatsapp:+5215511110002"
 MARTA = "whatsapp:+5215500000001"
@@ -150,16 +152,15 @@ def test_count_reads_no_more_than_a_few_index_entries_among_many_messages(hilo: 
     ("settings", "complaint"),
     [
         ({"LIMITE_MINUTO": "muchos"}, "LIMITE_MINUTO='muchos' cannot be used: it needs a number"),
-        ({"LIMITE_COSTO_DIA": "5"}, "LIMITE_COSTO_DIA needs LIMITE_PRECIOS"),
-        ({"LIMITE_PRECIOS": "luna=1"}, "LIMITE_PRECIOS='luna=1' cannot be used"),
+        ({"LIMITE_COSTO_DIA": "5"}, "LIMITE_PRECIOS is not set: it needs model=input/output"),
+        ({"LIMITE_PRECIOS": "luna=1"}, "LIMITE_PRECIOS='luna=1' cannot be used: it needs model=input/output"),
+        ({"LIMITE_PRECIOS": " , "}, "LIMITE_PRECIOS=',' cannot be used"),
     ],
     ids=str,
 )
-def test_setting_that_cannot_be_used_is_named_in_the_log_and_messages_are_answered(
-    begin: Start, twilio: Simulator, caplog: pytest.LogCaptureFixture, settings: dict[str, str], complaint: str
-) -> None:
-    assert say(twilio, begin(**settings), "hola") == ["Eco: hola"]
-    assert complaint in caplog.text
+def test_setting_that_cannot_be_used_stops_the_start(settings: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{complaint}"):
+        Plugins(["tools.limites"]).check_settings(load_settings(settings))
 
 
 # --- The day's budget -------------------------------------------------------------------------------------

@@ -533,6 +533,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "by keyword only": (HEAD + "@hookimpl\ndef format_reply(*, text): ...", r"mal.py:2: .*remove the \* before 'text'"),
     "cancelled at import": (HEAD + "import asyncio\nraise asyncio.CancelledError", r"mal.py:3: CancelledError"),
     "wrapper": (HEAD + "@hookimpl(wrapper=True)\ndef format_reply(text):\n    yield", r"mal.py:2: .*wrappers"),
+    "settings": (HEAD + "SETTINGS = {'UNA': str}\n@hookimpl\ndef format_reply(text): ...", "SETTINGS is a mapping of"),
     "no hookimpl": (HEAD + "def format_reply(text): ...", "no function marked @hookimpl"),
     "syntax error": (HEAD + "def f(:\n    pass", r"mal.py:2: SyntaxError"),
     "import error": (HEAD + "\nimport no_existe_este_modulo", r"mal.py:3: ModuleNotFoundError: .*no_existe"),

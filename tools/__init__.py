@@ -12,6 +12,9 @@ receive. The shortest one gives the assistant a tool:
     @hookimpl
     def register_tools(register):
         register(hora_de_cierre)
+
+What it reads with `context.settings.get("CIERRE", "19")` it declares in a mapping, so that a value that cannot be used
+stops the start: SETTINGS = {"CIERRE": Setting("an hour from 0 to 23", "1?[0-9]|2[0-3]")}
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ import pydantic.errors
 import pydantic.fields
 import typing_extensions
 
-__all__ = ["Context", "Event", "Media", "Message", "Part", "PluginError", "Tool", "ToolError", "Turn", "hookimpl"]
+__all__ = ["Context", "Event", "Media", "Message", "Part", "PluginError", "Setting", "Tool", "ToolError", "Turn",
+           "hookimpl"]  # fmt: skip
 
 hookimpl = pluggy.HookimplMarker("hilo")
 hookspec = pluggy.HookspecMarker("hilo")
@@ -56,6 +60,36 @@ class PluginError(Exception):
     def __init__(self, text: str, function: Callable[..., Any] | None = None):
         super().__init__(text)
         self.function = function
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variable of a plugin's own, in its mapping `SETTINGS`: `needs` completes "it needs …"; `form` is a pattern for
+    the whole value, or a function of it that raises ValueError. A `secret` is never shown; `required` tells, perhaps
+    as a function of the settings, whether there has to be a value."""
+
+    needs: str
+    form: str | Callable[[str], Any] = "(?s).+"
+    secret: bool = False
+    required: bool | Callable[[Any], Any] = False
+
+    def fault(self, name: str, settings: Any) -> str | None:
+        """Return the line that says why the variable cannot be used, None where it can."""
+        value = settings.get(name)
+        if value and not self.fits(value):
+            return f"{name}={'(secret)' if self.secret else repr(value[:80])} cannot be used: it needs {self.needs}"
+        lacking = not value and (self.required(settings) if callable(self.required) else self.required)
+        return f"{name} is not set: it needs {self.needs}" if lacking else None
+
+    def fits(self, value: str) -> bool:
+        """Tell whether a value has the form."""
+        if isinstance(self.form, str):
+            return re.fullmatch(self.form, value) is not None
+        try:
+            self.form(value)
+        except ValueError:
+            return False
+        return True
 
 
 @dataclass(frozen=True)

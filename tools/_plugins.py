@@ -12,7 +12,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import pluggy
 import pydantic_core
 
 import tools
-from tools import Context, Event, PluginError, Tool, ToolError, clean
+from tools import Context, Event, PluginError, Setting, Tool, ToolError, clean
 
 HERE = Path(__file__).parent
 SLOTS = threading.BoundedSemaphore(16)  # tool calls that run at one time
@@ -64,6 +64,7 @@ class Plugins:
         self.manager.add_hookspecs(tools.Hooks)
         self.tools: dict[str, Tool] = {}
         self.reports: dict[str, PluginReport] = {}
+        self.settings: dict[str, Mapping[str, Setting]] = {}  # by the plugin's name
         for name in self.discover() if names is None else names:
             self.load(name, partial(imported, name), f"{name.replace('.', '/', 1)}.py")
         for entry in importlib.metadata.entry_points(group="hilo.tools") if names is None else ():
@@ -86,6 +87,7 @@ class Plugins:
             if before := self.manager.get_name(module):
                 raise PluginError(f"is loaded already, as {self.reports[before].file}")
             self.manager.register(module, name)
+            self.settings[name] = declared(module)
             report.hooks = sorted(caller.name for caller in self.manager.get_hookcallers(module) or ())
             for implementation in self.manager.hook.register_tools.get_hookimpls():
                 if implementation.plugin is module:
@@ -95,6 +97,7 @@ class Plugins:
             report.failed(error)
             if self.manager.has_plugin(name):
                 self.manager.unregister(name=name)
+            self.settings.pop(name, None)
             log.error("⚠️ plugin %s left out: %s", file, report.error)
             return
         self.tools |= mine
@@ -104,6 +107,7 @@ class Plugins:
         """Take a plugin's hooks and tools out again, so that it can be loaded anew."""
         if self.manager.has_plugin(name):
             self.manager.unregister(name=name)
+        self.settings.pop(name, None)
         for tool in self.reports.pop(name, PluginReport("")).tools:
             del self.tools[tool]
 
@@ -146,6 +150,22 @@ class Plugins:
             where = next((r.file for r in self.reports.values() if tool.name in r.tools), "this plugin")
             raise PluginError(f"register({tool.name}): another tool has that name already, in {where}")
         mine[tool.name] = tool
+
+    def variables(self) -> dict[str, Setting]:
+        """Return the variables that plugins declare, by name."""
+        return {name: setting for declared in self.settings.values() for name, setting in declared.items()}
+
+    def unusable(self, settings: Any) -> list[str]:
+        """Return one line for each variable of a plugin that cannot be used."""
+        every = [item for declared in self.settings.values() for item in declared.items()]
+        return list(dict.fromkeys(line for name, setting in every if (line := setting.fault(name, settings))))
+
+    def check_settings(self, settings: Any) -> None:
+        """Raise ConfigurationError where a variable of a plugin cannot be used."""
+        from settings import ConfigurationError  # the core's: what plugins import needs none of it
+
+        for line in self.unusable(settings):
+            raise ConfigurationError(line)
 
     def implementations(self, hook: str) -> list[Any]:
         """Return a hook's implementations in the order in which they are asked."""
@@ -204,6 +224,14 @@ def let_through(error: BaseException) -> None:
     """Raise what was meant for this process, not for a plugin: Ctrl-C and signals, which reach the main thread."""
     if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
         raise error
+
+
+def declared(module: Any) -> Mapping[str, Setting]:
+    """Return the variables that a plugin declares in SETTINGS; raises PluginError for what declares none."""
+    found = getattr(module, "SETTINGS", {})
+    if isinstance(found, Mapping) and all(isinstance(setting, Setting) for setting in found.values()):
+        return found
+    raise PluginError('SETTINGS is a mapping of variables, each as {"NAME": Setting("what it needs", "pattern")}')
 
 
 class Events:

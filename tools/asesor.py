@@ -26,11 +26,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from handoff import identity as identidad
 from handoff import nobody_came
-from tools import Context, Message, Part, PluginError, ToolError, hookimpl
+from tools import Context, Message, Part, Setting, ToolError, hookimpl
 from tools._flujo_lectura import leer
 from tools._textos import texto
 
@@ -57,26 +56,31 @@ class Ajustes:
 
 
 def ajustes_de(context: Context) -> Ajustes:
-    """The settings; raises PluginError naming the variable and what it needs."""
+    """The settings."""
     leer = context.settings.get
-    nombrados = [parte.strip() for parte in leer("ASESORES").split(",") if parte.strip()]
+    return Ajustes(
+        asesores_de(leer("ASESORES")), leer("ASESOR_WEBHOOK_URL"), float(leer("ASESOR_MINUTOS", "60")),
+        leer("ASESOR_TEMPLATE_SID"), leer("ASESOR_CONTACTO"),
+    )  # fmt: skip
+
+
+def asesores_de(valor: str) -> tuple[str, ...]:
+    """The advisors' addresses; raises ValueError."""
+    nombrados = [parte.strip() for parte in valor.split(",") if parte.strip()]
     asesores = tuple(f"whatsapp:{parte}" if parte[0] == "+" else parte for parte in nombrados)
-    for asesor in asesores:
-        if not re.fullmatch(r"whatsapp:(\+\d{7,15}|[A-Z]{2}\.\w+)", asesor):
-            raise PluginError(f"ASESORES={asesor!r} cannot be used: it needs whatsapp:+ and a number, with commas")
-    webhook = leer("ASESOR_WEBHOOK_URL")
-    if webhook and not seguro(webhook):
-        raise PluginError("ASESOR_WEBHOOK_URL cannot be used: it needs https://host/…")
-    minutos = leer("ASESOR_MINUTOS", "60")
-    if not re.fullmatch(r"\d{1,5}(\.\d+)?", minutos) or not float(minutos):
-        raise PluginError(f"ASESOR_MINUTOS={minutos!r} cannot be used: it needs minutes above 0")
-    return Ajustes(asesores, webhook, float(minutos), leer("ASESOR_TEMPLATE_SID"), leer("ASESOR_CONTACTO"))
+    if not all(re.fullmatch(r"whatsapp:(\+\d{7,15}|[A-Z]{2}\.\w+)", asesor) for asesor in asesores):
+        raise ValueError(valor)
+    return asesores
 
 
-def seguro(url: str) -> bool:
-    """Whether a URL has TLS, or does not leave this machine."""
-    partes = urlsplit(url)
-    return partes.scheme == "https" or (partes.scheme == "http" and partes.hostname in ("127.0.0.1", "localhost"))
+URL = r"https://\S+|http://(127\.0\.0\.1|localhost)(:\d+)?(/\S*)?"  # with TLS, or one that does not leave this machine
+SETTINGS = {
+    "ASESORES": Setting("whatsapp:+ and a number, with commas", asesores_de),
+    "ASESOR_WEBHOOK_URL": Setting("https://host/…", URL, secret=True),
+    "ASESOR_MINUTOS": Setting("minutes above 0", r"(?=.*[1-9])[0-9]{1,5}(\.[0-9]+)?"),
+    "ASESOR_TEMPLATE_SID": Setting("a ContentSid, HX and 32 hexadecimal digits", "HX[0-9a-fA-F]{32}"),
+    "ASESOR_CONTACTO": Setting("how else to reach a person, in words"),
+}
 
 
 # --- A user asks for a person ---------------------------------------------------------------------------------

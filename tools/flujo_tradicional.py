@@ -20,7 +20,7 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-from tools import Context, Message, cursos, hookimpl
+from tools import Context, Message, Setting, cursos, hookimpl
 from tools._flujo_charla import (
     MEDIDAS,
     Charla,
@@ -38,6 +38,11 @@ from tools._flujo_lectura import LISTA, leer, llana
 
 LARGO = 1_600  # UTF-16 units of one WhatsApp message, as Twilio counts them
 AREAS = 12  # areas that are named when one asks what there is
+
+SETTINGS = {
+    "ASESOR_CONTACTO": Setting("how to reach a person, in words"),
+    "FORMAS_DE_PAGO": Setting("how one may pay, in words"),
+}
 
 
 @hookimpl(trylast=True)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from tools import Context, Message, Part, PluginError, hookimpl
+from tools import Context, Message, Part, PluginError, Setting, hookimpl
 from tools._textos import IDIOMAS, texto
 
 VIGENCIA = 2.0  # seconds for which a sum of the day's tokens is good
@@ -74,32 +74,42 @@ class Ajustes:
 
 
 def ajustes_de(context: Context) -> Ajustes:
-    """The settings; raises PluginError naming the variable and what it needs."""
-    precios = dict(precio(parte) for parte in context.settings.get("LIMITE_PRECIOS").split(",") if parte.strip())
-    dolares = numero(context, "LIMITE_COSTO_DIA", "0")
-    if dolares and not precios:
-        raise PluginError("LIMITE_COSTO_DIA needs LIMITE_PRECIOS=model=input/output, in dollars for a million tokens")
+    """The settings."""
+    leer = context.settings.get
     return Ajustes(
-        minuto=int(numero(context, "LIMITE_MINUTO", "20")), dia=int(numero(context, "LIMITE_DIA", "200")),
-        tokens=int(numero(context, "LIMITE_TOKENS_DIA", "0")), dolares=dolares, precios=precios,
-        zona=context.settings.get("ZONA_HORARIA", "America/Mexico_City"),
+        minuto=int(float(leer("LIMITE_MINUTO", "20"))), dia=int(float(leer("LIMITE_DIA", "200"))),
+        tokens=int(float(leer("LIMITE_TOKENS_DIA", "0"))), dolares=float(leer("LIMITE_COSTO_DIA", "0")),
+        precios=precios_de(leer("LIMITE_PRECIOS")), zona=leer("ZONA_HORARIA", "America/Mexico_City"),
     )  # fmt: skip
 
 
-def numero(context: Context, nombre: str, valor: str) -> float:
-    """A setting that is a number, 0 or more."""
-    valor = context.settings.get(nombre, valor)
-    if not re.fullmatch(r"\d+(\.\d+)?", valor):
-        raise PluginError(f"{nombre}={valor!r} cannot be used: it needs a number, 0 for no limit")
-    return float(valor)
+def precios_de(valor: str) -> dict[str, tuple[float, float]]:
+    """The prices of each model in "gpt-6-luna=0.25/2,gpt-6-sol=2/16"; raises ValueError."""
+    precios = dict(precio(parte) for parte in valor.split(",") if parte.strip())
+    if valor and not precios:
+        raise ValueError(valor)
+    return precios
 
 
 def precio(parte: str) -> tuple[str, tuple[float, float]]:
-    """A model and its prices: "gpt-6-luna=0.25/2"."""
+    """A model and its prices: "gpt-6-luna=0.25/2"; raises ValueError."""
     leido = re.fullmatch(r"\s*([\w.:-]+)\s*=\s*(\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*", parte)
     if not leido:
-        raise PluginError(f"LIMITE_PRECIOS={parte!r} cannot be used: it needs model=input/output, with commas")
+        raise ValueError(parte)
     return leido[1], (float(leido[2]), float(leido[3]))
+
+
+NUMERO = Setting("a number, 0 for no limit", r"[0-9]{1,12}(\.[0-9]+)?")
+SETTINGS = {
+    "LIMITE_MINUTO": NUMERO,
+    "LIMITE_DIA": NUMERO,
+    "LIMITE_TOKENS_DIA": NUMERO,
+    "LIMITE_COSTO_DIA": NUMERO,
+    "LIMITE_PRECIOS": Setting(
+        "model=input/output, with commas, in dollars for a million tokens, where there is a LIMITE_COSTO_DIA",
+        precios_de, required=lambda settings: settings.get("LIMITE_COSTO_DIA").strip("0."),
+    ),
+}  # fmt: skip
 
 
 def contar(context: Context, ajustes: Ajustes, sql: str, **valores: Any) -> list[dict[str, Any]]:

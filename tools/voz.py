@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tools import Context, Media, Message, ToolError, hookimpl
+from tools import Context, Media, Message, Setting, ToolError, hookimpl
 from tools._entrada import Entrada, Lectura, lee_archivo, leer
 
 MODELO = "gpt-transcribe"
@@ -39,6 +39,13 @@ SUFIJOS = {
     "audio/webm": "webm",
     "audio/flac": "flac",
     "audio/x-flac": "flac",
+}
+
+
+SETTINGS = {
+    "VOZ_MODELO": Setting("the name of a model that transcribes", r"\S+"),
+    "VOZ_IDIOMA": Setting("languages of two letters, with commas: es,en,pt", r"(?i)[a-z]{2}(\s*,\s*[a-z]{2})*"),
+    "VOZ_PALABRAS": Setting("names, with commas"),
 }
 
 
