@@ -81,8 +81,8 @@ FROM messages m JOIN users u USING (user_phone)
 WHERE m.user_phone = :u AND m.id > u.seed_after AND m.run_id >= u.seed_run AND m.run_id IS DISTINCT FROM :run::bigint
     AND (m.direction = 'in' AND m.run_id IS NOT NULL OR m.state IN ('sending', 'sent', 'delivered', 'read'))
     AND (:u <> ALL(:advisors::text[]) AND u.reply_to <> ALL(:advisors) OR m.direction = 'in' AND m.reply IS NULL
-        OR EXISTS (SELECT 1 FROM runs r WHERE (r.id, r.user_phone) = (m.run_id, m.user_phone)
-            AND m.direction = 'out' AND r.outcome IN ('answered', 'fallback')))
+        OR m.direction = 'out' AND (SELECT r.outcome FROM runs r WHERE r.id = m.run_id AND r.user_phone = m.user_phone)
+            IN ('answered', 'fallback'))
 ORDER BY m.id DESC LIMIT :n
 
 -- name: begin_create

@@ -440,6 +440,12 @@ def test_messages_lost_while_the_gateway_was_down_are_answered_once_and_in_order
     assert bodies(twilio) == ["Eco: uno\ndos\ntres", "Eco: cuatro"]
 
 
+def caught_up(hilo: Hilo) -> Hilo:
+    """Return a gateway once its catch-up of the start is over."""
+    wait_for(lambda: hilo.gateway.upkeep.next_catch_up > time.monotonic() + SETTLED)
+    return hilo
+
+
 def catch_up(hilo: Hilo) -> None:
     """Look at Twilio's list now, as from an hour ago."""
     hilo.gateway.upkeep.next_catch_up = 0.0
@@ -457,8 +463,7 @@ def refuse_messages(hilo: Hilo, sqlstate: str) -> None:
 def test_message_that_the_database_refuses_for_now_is_fetched_again_and_one_it_never_takes_is_left(
     start: Callable[..., Hilo], database_url: str, twilio: Simulator
 ) -> None:
-    hilo = start(WORKER_THREADS="0")
-    wait_for(lambda: hilo.gateway.upkeep.next_catch_up > time.monotonic() + 62)  # the one at the start is over
+    hilo = caught_up(start(WORKER_THREADS="0"))
     written = datetime.now(UTC) - timedelta(minutes=3)
     for user, text in ((LUIS, "disco lleno"), (ANA, "medio \ud83d carácter")):  # of which no database takes a half
         twilio.receive(user, text, lost=True, at=written)
@@ -490,7 +495,7 @@ def test_list_of_files_that_fails_keeps_no_message_back(
 def test_word_to_leave_that_was_missed_is_no_news_where_the_user_has_returned_since(
     start: Callable[..., Hilo], database_url: str, twilio: Simulator
 ) -> None:
-    hilo = start()
+    hilo = caught_up(start())
     ago = [datetime.now(UTC) - timedelta(minutes=n) for n in (5, 4)]
     twilio.receive(ANA, "BAJA", lost=True, at=ago[0])
     twilio.receive(ANA, "ALTA", at=ago[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -518,7 +519,12 @@ def test_five_failures_in_a_row_open_the_breaker_and_a_probe_closes_it(
     for n in range(5):
         twilio.receive(f"whatsapp:+52155222200{n:02}", "hola")
     hurried.done(5)
+    while not hurried.gateway.journey.threads.breaker.is_open:  # a turn whose second was over before it asked
+        twilio.receive(LUIS, "hola")
+        hurried.done(len(hurried.rows("SELECT FROM runs")))
     asked = len(openai_server.requests)
+    assert asked >= 5
+    answered = len(twilio.sent_to(LUIS))
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1)[0].body == "[openai_down]"
     assert len(openai_server.requests) == asked  # it was not even asked
@@ -527,7 +533,7 @@ def test_five_failures_in_a_row_open_the_breaker_and_a_probe_closes_it(
     twilio.receive(ANA, "¿y ahora?")
     assert twilio.wait_for(ANA, 2)[1].body == "Eco: ¿y ahora?"
     twilio.receive(LUIS, "hola")
-    assert twilio.wait_for(LUIS, 1)[0].body == "Eco: hola"
+    assert twilio.wait_for(LUIS, answered + 1)[-1].body == "Eco: hola"
 
 
 # --- What the model is told -------------------------------------------------------------------------------
@@ -590,7 +596,7 @@ def test_reply_time_in_the_log_counts_from_the_message_not_from_the_turn(
         woken.rows("UPDATE messages SET at = now() - interval '1 minute' WHERE body = 'dos'")
     twilio.wait_for(ANA, 2)
     woken.done(2)
-    assert [line for line in caplog.messages if "(1 parte, 60," in line]
+    assert [line for line in caplog.messages if re.search(r"\(1 parte, 6\d,", line)]
 
 
 def test_fault_in_the_log_is_an_sqlstate_only(woken: Hilo, twilio: Simulator, caplog: pytest.LogCaptureFixture) -> None:
