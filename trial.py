@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pg8000.native
 
@@ -37,7 +37,15 @@ USER = "whatsapp:+5215512345678"
 NAME = "Ana"
 PREFIX = "trial_"  # of the databases made here
 MAKING = 4815162343  # PostgreSQL advisory lock: one at a time makes a database, or removes what others left
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)  # the last one is our own
+AGAIN = 0.1  # seconds until a signal that nobody heard comes again
 PATIENCE = 30.0  # seconds that an answer may take after the run's deadline
+
+# Autovacuum is in nobody's way: PostgreSQL ends it by itself.
+USERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = :name AND backend_type <> 'autovacuum worker'"
+REMAINS = """SELECT datname FROM pg_database d WHERE starts_with(datname, :prefix)
+    AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.datid = d.oid AND a.backend_type <> 'autovacuum worker')"""
+GONE = 10  # looks, 0.05 s apart
 
 # Settings of a production `.env` that have no meaning here; nor have Twilio's, nor a team's own webhooks.
 NOT_OURS = {"DATABASE_URL", "PUBLIC_URL", "PORT", "OPENAI_WEBHOOK_SECRET", "WORKER_THREADS"}
@@ -51,23 +59,43 @@ class Stopped(KeyboardInterrupt):
 
 def ignore_signals() -> None:
     """Let nothing disturb the clearing up."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def stop(*_: Any) -> None:
+    """Raise Stopped, and again until it is heard: Python drops what is raised in a weak reference's callback, and such
+    are called at any time, above all while modules are imported."""
+    if not is_ending(sys.exception()):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        raise Stopped
+
+
+def is_ending(error: BaseException | None) -> bool:
+    """Tell whether Stopped is what is being dealt with, so that a further signal may not disturb that."""
+    while error and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
+
+
+def note_unraisable(what: sys.UnraisableHookArgs) -> None:
+    """Report what Python had to drop, but for Stopped, which comes again."""
+    if not isinstance(what.exc_value, Stopped):
+        sys.__unraisablehook__(what)
 
 
 @contextlib.contextmanager
 def until_stopped() -> Iterator[contextlib.ExitStack]:
     """Lend a stack for what has to be cleared up; SIGTERM, Ctrl-C or a closed terminal end the block in good order."""
-
-    def stop(*_: Any) -> NoReturn:
-        ignore_signals()
-        raise Stopped
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    sys.unraisablehook = note_unraisable
+    for number in SIGNALS:
         signal.signal(number, stop)
     with contextlib.suppress(Stopped), contextlib.ExitStack() as stack:
-        yield stack
-        ignore_signals()
+        try:
+            yield stack
+        finally:
+            ignore_signals()
 
 
 def say(text: str = "") -> None:
@@ -107,21 +135,19 @@ def is_real(name: str) -> bool:
 def trial_database() -> Iterator[str]:
     """Lend the URL of a fresh database in the embedded PostgreSQL, with schema and catalogue; it goes in the end."""
     name = PREFIX + secrets.token_hex(4)
-    with localdb.start(DIRECTORY) as server, connect(named(server.url, "postgres")) as admin:
-        url = named(server.url, name)
-        try:
+    with localdb.start(DIRECTORY) as server, contextlib.ExitStack() as held:
+        url, place = named(server.url, name), named(server.url, "postgres")
+        held.callback(drop_at_last, place, name)
+        with connect(place) as admin:  # gives the lock back at its end, whatever becomes of it
             admin.run("SELECT pg_advisory_lock(:lock)", lock=MAKING)
             remove_remains(admin)
             copied = create(admin, name)
-            with connect(url) as keeper:  # tells others that it is in use
-                admin.run("SELECT pg_advisory_unlock(:lock)", lock=MAKING)
-                migrate(url)
-                if copied:
-                    forget_users(keeper)
-                load_sample(url)
-                yield url
-        finally:
-            drop(admin, name, "WITH (FORCE)")
+            keeper = held.enter_context(connect(url))  # tells others that it is in use
+        migrate(url)
+        if copied:
+            forget_users(keeper)
+        load_sample(url)
+        yield url
 
 
 def connect(url: str) -> pg8000.native.Connection:
@@ -131,13 +157,22 @@ def connect(url: str) -> pg8000.native.Connection:
 
 def create(admin: pg8000.native.Connection, name: str) -> bool:
     """Make a database; return whether it is a copy of the local one, which cannot be had while others use that."""
-    for _ in range(10):
+    if is_free(admin, "hilo"):
         with contextlib.suppress(pg8000.native.DatabaseError):
             admin.run(f"CREATE DATABASE {name} TEMPLATE hilo")
             return True
-        time.sleep(0.1)
     say(f"(Otro proceso usa la base local de {DIRECTORY}/: aquí va el catálogo de ejemplo.)")
     admin.run(f"CREATE DATABASE {name} TEMPLATE template0")
+    return False
+
+
+def is_free(admin: pg8000.native.Connection, name: str) -> bool:
+    """Tell whether nobody uses a database, asked before PostgreSQL is told to do what that hinders: it would wait five
+    seconds for them to leave. A session that has just been closed takes a moment to go."""
+    for _ in range(GONE):
+        if not admin.run(USERS, name=name)[0][0]:
+            return True
+        time.sleep(0.05)
     return False
 
 
@@ -147,9 +182,19 @@ def drop(admin: pg8000.native.Connection, name: str, how: str = "") -> None:
         admin.run(f"DROP DATABASE IF EXISTS {name} {how}")
 
 
+def drop_at_last(place: str, name: str) -> None:
+    """Remove a database over a connection of its own: the one that made it may have been broken off in the middle of an
+    answer. What that one began holds the lock until the server has ended it."""
+    with contextlib.suppress(pg8000.native.Error, OSError), connect(place) as admin:
+        admin.run("SET lock_timeout = '3s'")
+        with contextlib.suppress(pg8000.native.DatabaseError):  # somebody else makes theirs all this time
+            admin.run("SELECT pg_advisory_lock(:lock)", lock=MAKING)
+        drop(admin, name, "WITH (FORCE)")
+
+
 def remove_remains(admin: pg8000.native.Connection) -> None:
-    """Remove the databases of chats and demos that were killed."""
-    for (name,) in admin.run("SELECT datname FROM pg_database WHERE starts_with(datname, :prefix)", prefix=PREFIX):
+    """Remove the databases of chats and demos that were killed: nobody uses them."""
+    for (name,) in admin.run(REMAINS, prefix=PREFIX):
         drop(admin, name)
 
 

@@ -17,6 +17,7 @@ import pytest
 import trial
 from database import Database
 from localdb import start
+from tests.conftest import wait_for
 from tests.local_openai import LocalOpenAI, says
 
 GATEWAY = Path(trial.__file__).with_name("gateway.py")
@@ -148,3 +149,58 @@ def test_trial_database_beside_others_who_use_the_local_one_has_the_sample(
         with trial.connect(url) as connection:
             assert connection.run("SELECT count(*) > 30, to_regclass('pedidos') IS NULL FROM cursos") == [[True, True]]
     assert "catálogo de ejemplo" in capsys.readouterr().out
+
+
+def test_database_of_a_chat_stopped_while_it_waits_for_its_turn_is_not_left_behind(
+    chat: Callable[..., subprocess.Popen[str]], directory: Path
+) -> None:
+    with start(directory / trial.DIRECTORY) as server, trial.connect(trial.named(server.url, "postgres")) as other:
+        other.run("SELECT pg_advisory_lock(:lock)", lock=trial.MAKING)
+        process = chat()
+        waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        wait_for(lambda: other.run(waits) == [[1]], 30)
+        process.send_signal(signal.SIGTERM)
+        other.run("SELECT pg_advisory_unlock(:lock)", lock=trial.MAKING)
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (0, "")
+        assert other.run("SELECT datname FROM pg_database WHERE starts_with(datname, 'trial_')") == []
+
+
+SWALLOWED = """
+import os, signal, time, weakref
+import trial
+
+class Thing: pass
+
+def kill(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+with trial.until_stopped() as stack:
+    stack.callback(print, "cleared up")
+    thing = Thing()
+    reference = weakref.ref(thing, kill)
+    del thing  # Python drops what the callback raises
+    for _ in range(100):
+        time.sleep(0.1)
+    print("not heard")
+"""
+
+
+def test_signal_that_python_drops_in_a_callback_still_ends_the_process() -> None:
+    command = [sys.executable, "-c", SWALLOWED]
+    done = subprocess.run(command, cwd=GATEWAY.parent, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleared up\n", "")
+
+
+def test_signal_before_anything_has_begun_ends_the_process_in_good_order(directory: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process = subprocess.Popen(
+            [sys.executable, "-X", "importtime", str(GATEWAY), "chat"], cwd=directory, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr
+        next(line for line in process.stderr if line.endswith("| bottle\n"))
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 0 and "Traceback" not in errors
