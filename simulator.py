@@ -29,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl, quote_plus, urlencode, urlsplit
@@ -53,12 +53,14 @@ AUTH_TOKEN = "simulated-auth-token"  # opens nothing: the simulator's own, on th
 BODY_LIMIT = 1600  # UTF-16 units
 WEBHOOK_SECONDS = 15.0
 TYPING_SECONDS = 25.0
+WINDOW = timedelta(hours=24)  # after a user's message, in which they may be sent what is no template
+WINDOW_SHUT = 63016
 GATE_SECONDS = 60.0
 CALLBACK_POSTERS = 4
 PAGE_THREADS = 32  # each open chat page holds one for its events
 # What becomes of an accepted message: each state, and the seconds after the one before it.
 PROGRESS = (("queued", 0.0), ("sent", 0.02), ("delivered", 0.02), ("read", 0.05))
-RANK = {"queued": 0, "sent": 1, "undelivered": 2, "failed": 2, "delivered": 3, "read": 4}
+RANK = {"accepted": 0, "queued": 0, "sent": 1, "undelivered": 2, "failed": 2, "delivered": 3, "read": 4}
 ADDRESS = re.compile(r"whatsapp:(\+\d{7,15}|[A-Z]{2}\.[A-Za-z0-9]{1,128})")
 
 # --- Records ----------------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ class Records:
         self.changed = threading.Condition(self._lock)
         self._by_sid: dict[str, Message] = {}
         self._by_address: dict[str, list[Message]] = defaultdict(list)
+        self._wrote: dict[str, datetime] = {}  # when each user wrote last
         self._arrivals: dict[str, threading.Condition] = {}
         self._listeners: list[Callable[[str], None]] = []
         self._numbers = itertools.count(1)
@@ -163,6 +166,8 @@ class Records:
             self._by_sid[message.sid] = message
             self._by_address[message.address].append(message)
             self.messages.append(message)
+            if message.direction == "inbound":
+                self._wrote[message.from_] = max(message.created, self._wrote.get(message.from_, message.created))
             if message.address in self._arrivals:
                 self._arrivals[message.address].notify_all()
         self.tell(message.address)
@@ -198,6 +203,18 @@ class Records:
         with self.changed:
             self.callbacks.append(callback)
         self.tell(address)
+
+    def wrote_at(self, address: str) -> datetime | None:
+        """When this user wrote last, None where they never did."""
+        return self._wrote.get(address)
+
+    def mark_seen(self, message: Message) -> None:
+        """Mark a user's message and those before it as read."""
+        with self.changed:
+            for earlier in self._by_address.get(message.from_, ()):
+                if earlier.direction == "inbound" and earlier.number <= message.number:
+                    earlier.status = "read"
+        self.tell(message.address)
 
     def tell(self, address: str) -> None:
         """Wake those in `wait_until` and call the listeners: something about this user has changed."""
@@ -510,19 +527,22 @@ class Simulator:
     `gateway_url` is where webhooks go (it can be set later); they are signed with `webhook_secret` (default: the
     auth token) for `public_url` (default: the gateway's). `port` 0 takes a free one. With `callbacks` false no
     status callback is posted; the states advance all the same, after `progress`. With a `page` the chat page is
-    mounted at /chat/ and messages become `read` when somebody there sees them.
+    mounted at /chat/ and messages become `read` when somebody there sees them. `open_since`: everybody is taken to have
+    written at that moment; without it only templates reach who has not written here in the last 24 hours.
     """
 
     def __init__(self, gateway_url: str = "", account_sid: str = ACCOUNT_SID, auth_token: str = AUTH_TOKEN,
                  number: str = "whatsapp:+14155238886", port: int = 0, webhook_secret: str | None = None,
                  callbacks: bool = True, *, public_url: str | None = None, threads: int = 32,
-                 progress: Sequence[tuple[str, float]] = PROGRESS, page: PageOptions | None = None) -> None:
+                 progress: Sequence[tuple[str, float]] = PROGRESS, page: PageOptions | None = None,
+                 open_since: datetime | None = None) -> None:
         self.gateway_url = gateway_url
         self.public_url = public_url
         self.account_sid = account_sid
         self.auth_token = auth_token
         self.number = number
         self.callbacks_on = callbacks
+        self.open_since = open_since
         self.progress = progress
         self.delay = 0.0  # seconds that every REST call takes
         self.webhook_url: str | None = None  # as set in the console for the number; None: the gateway's own
@@ -695,11 +715,17 @@ class Simulator:
     # The gateway sends
 
     def accept(self, message: Message, undeliver: Fault | None = None) -> None:
-        """Take an outbound message and see it through its states, callbacks and all."""
+        """Take an outbound message and see it through its states, callbacks and all.
+
+        Outside the 24-hour window it is undelivered, unless it is a template; see
+        https://www.twilio.com/docs/api/errors/63016.
+        """
         for media in message.media:
             self._files[media.sid] = media
         self.records.add(message)
         steps = list(self.progress)
+        if not undeliver and not message.content_sid and not self.window_open(message.to):
+            undeliver = Fault("send", "undeliver", code=WINDOW_SHUT)
         if undeliver:
             steps = [step for step in steps if step[0] in ("queued", "sent")] + [("undelivered", 0.02)]
         shuffle = self.faults.take("callback", message.to) if message.status_callback else None
@@ -707,6 +733,10 @@ class Simulator:
             steps = [("queued", 0.0), *reversed([step for step in steps if step[0] != "queued"])]
             shuffle = None
         self._advance(message, steps, undeliver.code if undeliver else None, shuffle)
+
+    def window_open(self, address: str) -> bool:
+        """Whether this user has written within 24 hours."""
+        return any(datetime.now(UTC) - at < WINDOW for at in (self.records.wrote_at(address), self.open_since) if at)
 
     def _advance(self, message: Message, steps: Sequence[tuple[str, float]], code: int | None,
                  fault: Fault | None) -> None:
@@ -799,8 +829,12 @@ def location_fields(latitude: float, longitude: float, label: str = "", address:
 def button_fields(text: str, payload: str, replied_to: str = "", number: str = "") -> dict[str, str]:
     """What a tapped quick reply adds to the form; for `receive(sender, text, fields=…)`."""
     fields = {"MessageType": "button", "ButtonText": text, "ButtonPayload": payload}
-    replied = {"OriginalRepliedMessageSid": replied_to, "OriginalRepliedMessageSender": number}
-    return fields | (replied if replied_to else {})
+    return fields | (reply_fields(replied_to, number) if replied_to else {})
+
+
+def reply_fields(sid: str, sender: str) -> dict[str, str]:
+    """What an answer to a certain message, by its sid and who sent it, adds to the form."""
+    return {"OriginalRepliedMessageSid": sid, "OriginalRepliedMessageSender": sender}
 
 
 def callback_form(message: Message, status: str, account_sid: str) -> dict[str, str]:
@@ -925,11 +959,17 @@ class Rest:
             app.route(path, method, self._guarded(handler, on))
         app.route("/files/<media_sid>", "GET", self.file)
         app.error(404)(self.not_found)
+        app.error(405)(self.not_allowed)
 
     def not_found(self, _error: object = None) -> str:
         """The body for a path that Twilio has not."""
         bottle.response.content_type = "application/json"
         return json.dumps(error_body(404, 20404, f"The requested resource {request.path} was not found"))
+
+    def not_allowed(self, _error: object = None) -> str:
+        """The body for a method that Twilio has not on a path."""
+        bottle.response.content_type = "application/json"
+        return json.dumps(error_body(405, 20004, "Method not allowed"))
 
     def _guarded(self, handler: Callable[..., Any], on: str | None) -> Callable[..., Any]:
         """The handler behind Basic auth, the general delay and the faults on this resource."""
@@ -1005,8 +1045,8 @@ class Rest:
         self._check_urls(media_urls, form.get("StatusCallback"))
         media = tuple(Media("", url=url) for url in media_urls)
         return Message(new_sid("MM" if media else "SM"), "outbound-api", self.twilio.number, to, body, media,
-                       content_sid, content_variables(form), service_sid=service,
-                       status_callback=form.get("StatusCallback"))
+                       content_sid, content_variables(form), "accepted" if service else "queued",
+                       service_sid=service, status_callback=form.get("StatusCallback"))
 
     def _check_urls(self, media_urls: list[str], callback: str | None) -> None:
         if len(media_urls) > 10:
@@ -1029,7 +1069,7 @@ class Rest:
             "direction": message.direction,
             "error_code": message.error_code,
             "error_message": "The message could not be delivered" if message.error_code else None,
-            "from": message.from_,
+            "from": None if message.status == "accepted" else message.from_,  # the service has not chosen yet
             "messaging_service_sid": message.service_sid,
             "num_media": str(len(message.media)),
             "num_segments": "1",
@@ -1046,12 +1086,12 @@ class Rest:
     def index(self) -> HTTPResponse:
         """Messages, newest first, that fit To, From and DateSent (by day), in pages."""
         query = dict(parse_qsl(request.query_string, keep_blank_values=True))
-        size = min(max(int(query.get("PageSize", 50)), 1), 1000)
+        size = min(max(number_in(query, "PageSize", "50"), 1), 1000)
         found = self._matching(query)
-        if token := query.get("PageToken"):
-            last = next((i for i, message in enumerate(found) if message.number == int(token[4:], 16)), -1)
-            found = found[last + 1:]
-        page, path = int(query.get("Page", 0)), f"/{API_VERSION}/Accounts/{self.twilio.account_sid}/Messages.json"
+        if query.get("PageToken"):
+            after = number_in(query, "PageToken", "", 16)
+            found = found[next((i for i, message in enumerate(found) if message.number == after), -1) + 1:]
+        page, path = number_in(query, "Page", "0"), f"/{API_VERSION}/Accounts/{self.twilio.account_sid}/Messages.json"
         shown = found[:size]
         more = dict(query, PageSize=str(size), Page=str(page + 1))
         more["PageToken"] = f"PASM{shown[-1].number:032x}" if shown else ""
@@ -1096,7 +1136,7 @@ class Rest:
     def delete(self, sid: str) -> HTTPResponse:
         """Forget a message that is not on its way any more."""
         message = self._message(sid)
-        if message.status in ("queued", "sending"):
+        if message.status in ("accepted", "queued", "sending"):
             refuse(409, 20009, "Cannot delete this resource before it is complete")
         self.twilio.records.remove(message)
         return HTTPResponse("", 204)
@@ -1153,12 +1193,12 @@ class Rest:
     # Typing, and what a check of the credentials asks for
 
     def show_typing(self) -> HTTPResponse:
-        """Show the typing indicator in answer to a message, which becomes read."""
+        """Show the typing indicator in answer to a message, which becomes read with those before it."""
         form = sent_form()
         message = self.twilio.records.get(form.get("messageId", ""))
         if form.get("channel") != "whatsapp" or message is None or message.direction != "inbound":
             refuse(400, 20001, "channel must be whatsapp and messageId the sid of a message received")
-        self.twilio.records.update(message, status="read")
+        self.twilio.records.mark_seen(message)
         self.twilio.records.show_typing(message.from_, message.sid)
         return answer({"success": True})
 
@@ -1214,6 +1254,13 @@ def content_variables(form: Mapping[str, str]) -> dict[str, Any] | None:
     if not isinstance(variables, dict):
         refuse(400, 21656, "The ContentVariables Parameter is invalid.")
     return variables
+
+
+def number_in(query: Mapping[str, str], name: str, default: str, base: int = 10) -> int:
+    """A number of the query, in hexadecimal behind a prefix where it is a token; refuses what is none."""
+    prefix = "PASM" if base == 16 else ""
+    found = re.fullmatch(f"{prefix}([0-9{'a-f' if base == 16 else ''}]{{1,32}})", query.get(name, default))
+    return int(found[1], base) if found else refuse(400, 20001, f"Invalid {name}: {query[name]}")
 
 
 def sent_in_range(sent: datetime | None, query: Mapping[str, str]) -> bool:

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -58,7 +59,8 @@ class Chat:
 
 @pytest.fixture
 def chat(start: Start, twilio: Simulator) -> Chat:
-    """A gateway with two advisors."""
+    """A gateway with two advisors, who have written to it today."""
+    twilio.open_since = datetime.now(UTC)
     return Chat(start(ASESORES=f"{MARTA}, {PACO}", OPENAI_WEBHOOK_SECRET=WEBHOOK_SECRET), twilio)
 
 

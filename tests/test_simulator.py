@@ -44,7 +44,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def twilio(receiver: Receiver) -> Iterator[Simulator]:
-    with Simulator(receiver.url) as simulator:
+    with Simulator(receiver.url, open_since=datetime.now(UTC)) as simulator:
         yield simulator
 
 
@@ -81,6 +81,14 @@ def test_a_template_through_a_messaging_service_is_kept_with_its_variables(
                            content_variables='{"1": "Ana"}')
     message = twilio.sent_to(ANA)[0]
     assert (message.content_sid, message.variables, message.service_sid) == (content, {"1": "Ana"}, SERVICE)
+
+
+def test_a_messaging_service_accepts_a_message_before_it_has_chosen_a_sender(
+        client: Client, twilio: Simulator) -> None:
+    sent = client.messages.create(to=ANA, messaging_service_sid=SERVICE, body="hola")
+    assert (sent.status, sent.from_) == ("accepted", None)
+    twilio.wait_until(lambda: twilio.sent_to(ANA)[0].status == "read")
+    assert client.messages(sent.sid).fetch().from_ == twilio.number
 
 
 @pytest.mark.parametrize(("changes", "code"), [
@@ -124,6 +132,19 @@ def test_an_unknown_path_is_answered_with_a_twilio_body(twilio: Simulator) -> No
     assert answer.status_code == 404 and answer.json()["code"] == 20404
 
 
+@pytest.mark.parametrize(("method", "query", "status", "code"), [
+    ("PUT", "", 405, 20004),
+    ("GET", "?PageSize=many", 400, 20001),
+    ("GET", "?Page=x", 400, 20001),
+    ("GET", "?PageToken=PASMzz", 400, 20001),
+])
+def test_a_call_that_twilio_cannot_read_is_refused_with_a_twilio_body(
+        twilio: Simulator, method: str, query: str, status: int, code: int) -> None:
+    url = f"{twilio.url}/2010-04-01/Accounts/{twilio.account_sid}/Messages.json{query}"
+    answer = requests.request(method, url, auth=(twilio.account_sid, twilio.auth_token), timeout=5)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
 # --- Messages: listing them -----------------------------------------------------------------------------------
 
 
@@ -145,7 +166,7 @@ def test_a_message_that_arrives_between_two_pages_shifts_nothing(client: Client,
 
 
 def test_date_filters_go_by_the_day_of_sending_and_leave_out_what_is_queued(receiver: Receiver) -> None:
-    with Simulator(receiver.url, progress=[("queued", 0.0)]) as twilio:
+    with Simulator(receiver.url, progress=[("queued", 0.0)], open_since=datetime.now(UTC)) as twilio:
         http_client = Redirected(twilio.url)
         client = Client(twilio.account_sid, twilio.auth_token, http_client=http_client)
         noon = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -284,11 +305,13 @@ def test_deleted_media_are_gone(client: Client, twilio: Simulator, receiver: Rec
 # --- Typing and credentials -----------------------------------------------------------------------------------
 
 
-def test_a_typing_indicator_is_kept_and_marks_the_message_read(client: Client, twilio: Simulator) -> None:
+def test_a_typing_indicator_is_kept_and_marks_the_message_and_those_before_it_read(client: Client, twilio: Simulator) -> None:
+    twilio.receive(ANA, "¿hola?")
     sid = twilio.receive(ANA, "hola").sid
+    twilio.receive(ANA, "¿estás?")
     assert client.messaging.v2.typing_indicator.create(channel="whatsapp", message_id=sid).success
     assert [(typing.address, typing.message_sid) for typing in twilio.typing] == [(ANA, sid)]
-    assert twilio.messages[0].status == "read"
+    assert [message.status for message in twilio.messages] == ["read", "read", "delivered"]
     with pytest.raises(TwilioRestException):
         client.messaging.v2.typing_indicator.create(channel="whatsapp", message_id="SM" + "0" * 32)
 
@@ -337,8 +360,26 @@ def test_an_undelivered_message_is_told_by_callback_with_its_code(client: Client
     assert client.messages(sid).fetch().error_code == 63016
 
 
+@pytest.mark.parametrize(("wrote", "more", "state"), [
+    (None, {}, "undelivered"),
+    (timedelta(hours=25), {}, "undelivered"),
+    (timedelta(hours=23), {}, "read"),
+    (None, {"body": "", "content_sid": "HX" + "b" * 32}, "read"),
+])
+def test_outside_the_window_of_24_hours_only_a_template_is_delivered(
+        client: Client, twilio: Simulator, receiver: Receiver, wrote: timedelta | None, more: dict[str, str],
+        state: str) -> None:
+    twilio.open_since = None
+    if wrote:
+        twilio.receive(ANA, "hola", at=datetime.now(UTC) - wrote)
+    assert send(client, twilio, status_callback=twilio.gateway_url + CALLBACK, **more).status == "queued"
+    twilio.wait_until(lambda: twilio.sent_to(ANA)[0].status == state)
+    twilio.wait_until(lambda: twilio.callbacks and twilio.callbacks[-1].fields["MessageStatus"] == state)
+    assert receiver.callbacks[-1].get("ErrorCode") == ("63016" if state == "undelivered" else None)
+
+
 def test_with_callbacks_off_none_is_posted_and_the_states_advance(receiver: Receiver) -> None:
-    with Simulator(receiver.url, callbacks=False) as twilio:
+    with Simulator(receiver.url, callbacks=False, open_since=datetime.now(UTC)) as twilio:
         http_client = Redirected(twilio.url)
         send(Client(twilio.account_sid, twilio.auth_token, http_client=http_client), twilio,
              status_callback=receiver.url + CALLBACK)
