@@ -2,24 +2,29 @@
 
 The page, the local Twilio and the database belong to this process; the gateway is a process of its own, so that it can
 be killed and started again. This process keeps the gateway's port open meanwhile: what comes in waits for the next one.
-A file of `tools/` or `assistants/` that is saved is loaded anew by starting the gateway again. Nothing of this is in
-`serve`.
+A file of `tools/` or `assistants/` that is saved is loaded anew by another gateway, which takes the place of the one
+that serves once it has loaded everything: a file that hangs or kills it leaves the former at work. Nothing of this is
+in `serve`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,9 @@ WATCHED = ("tools/*.py", "tools/*.toml", "assistants/*.md")
 REPORTS = "/demo/plugins"  # of the gateway, on this machine only: errors whole, which `/` shows to nobody
 TICK = 0.2  # seconds between looks at the process; files are looked at once a second
 PAUSE = 1.0  # seconds before a gateway that ends by itself is started again
+IMPORTS = 30.0  # seconds until a new gateway has imported its own modules
+LOADING = 6.0  # seconds that it then has for the files of tools/
+CATCH_UP = 10.0  # seconds between looks for messages whose webhook was lost
 LAST_WORDS = 4.0  # seconds that a gateway has to end in good order
 ADVISOR = ("Rosa (asesora)", "whatsapp:+5215512345679")
 TEMPLATE_SID = "HX" + "d" * 32
@@ -47,6 +55,12 @@ TEMPLATE = {
     "body": "Hola, ya tenemos la respuesta a tu mensaje. ¿Quieres verla?",
     "actions": [{"title": "Ver respuesta", "id": "ver_respuesta"}],
 }
+
+NOTICE_SID = "HX" + "e" * 32
+NOTICE = {
+    "body": "🔔 {{1}} quiere hablar con una persona.\nMotivo y lo último: {{2}}\n\n"
+            "Responde a *este mensaje* y se lo paso. Con */bot* vuelve con el asistente.",
+}  # fmt: skip
 
 log = logging.getLogger("hilo")
 
@@ -61,6 +75,7 @@ def demo(options: argparse.Namespace) -> int:
         twilio = stack.enter_context(simulator(options.port, keeper))
         ours = {
             "ASESORES": ADVISOR[1],
+            "ASESOR_TEMPLATE_SID": NOTICE_SID,
             "TWILIO_TEMPLATE_SID": TEMPLATE_SID,
             "OPENAI_BASE_URL": f"{twilio.url}/openai/v1",
         }
@@ -83,7 +98,8 @@ def demo(options: argparse.Namespace) -> int:
 def simulator(port: int | None, keeper: Keeper) -> Simulator:
     """Return the local Twilio with its page, on the port asked for; without one, on the usual port or a free one."""
     page = PageOptions(
-        people=(*PEOPLE, ADVISOR), inspect=Inspection(keeper.rows, keeper.plugins), templates={TEMPLATE_SID: TEMPLATE},
+        people=(*PEOPLE, ADVISOR), inspect=Inspection(keeper.rows, keeper.plugins),
+        templates={TEMPLATE_SID: TEMPLATE, NOTICE_SID: NOTICE},
         actions={"Matar el gateway (kill -9)": keeper.kill},
         openai_url=environment().get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
     )  # fmt: skip
@@ -99,81 +115,163 @@ def simulator(port: int | None, keeper: Keeper) -> Simulator:
 # --- The gateway's process, as this one sees it -----------------------------------------------------------
 
 
+class Child:
+    """A gateway's process: what it answers, and what it says last on stderr, which is passed on."""
+
+    def __init__(self, listener: socket.socket):
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "demo.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, errors="replace", pass_fds=[listener.fileno()],
+            start_new_session=True,  # Ctrl-C is for this process only
+        )  # fmt: skip
+        self.began = time.monotonic()
+        self.lines: deque[str] = deque(maxlen=50)
+        self.relay = threading.Thread(target=self.pass_on, name="stderr", daemon=True)
+        self.relay.start()
+
+    def pass_on(self) -> None:
+        """Copy stderr to ours."""
+        assert self.process.stderr
+        with contextlib.suppress(ValueError, OSError):
+            for line in self.process.stderr:
+                self.lines.append(line.rstrip())
+                sys.stderr.write(line)
+                sys.stderr.flush()
+
+    def tell(self, order: str) -> None:
+        """Give it a line to read, where it still reads."""
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(order + "\n")
+            self.process.stdin.flush()
+
+    def answer(self, seconds: float) -> str:
+        """Return its next line; "" where it ended or said none in so many seconds."""
+        assert self.process.stdout
+        if select.select([self.process.stdout], [], [], seconds)[0]:
+            return self.process.stdout.readline()
+        return ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is no more."""
+        return self.process.poll() is not None
+
+    def last_words(self) -> str:
+        """Return why it does not serve, in a line: where it hung, or the last that it said."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        self.relay.join(1)
+        said = [line.strip() for line in self.lines if line.strip()]
+        hung = next((n for n, line in enumerate(said) if line.startswith("Timeout (")), None)
+        if hung is None and not self.ended:
+            return "el proceso no contesta"
+        if hung is None:
+            return said[-1] if said else f"el proceso terminó sin decir nada (código {self.process.returncode})"
+        found = [FRAME.search(line) for line in said[hung:]]
+        where = next((f"{frame[1]}:{frame[2]}: " for frame in found if frame), "")
+        return f"{where}tarda más de {LOADING:g} s en cargar"
+
+    def end(self) -> None:
+        """End it, in good order where it can."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_WORDS)
+        self.process.kill()
+        self.process.wait()
+        self.relay.join(1)
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close() if pipe else None
+
+
+FRAME = re.compile(rf'File "{re.escape(str(HERE))}/((?:tools|assistants)/(?!_plugins)[^"]+)", line (\d+)')
+
+
 class Keeper:
     """Keeps a gateway running: starts another when it ends, or when a file was saved."""
 
     def __init__(self, listener: socket.socket, with_log: bool):
         self.listener, self.with_log = listener, with_log
         self.origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.process: subprocess.Popen[str] | None = None
-        self.next: subprocess.Popen[str] | None = None
+        self.current: Child | None = None
+        self.next: Child | None = None
         self.orders = ""
-        self.began = 0.0
-        self.broken = False  # the code does not even import: nothing to be done until a file is saved
+        self.stamps = saved()  # before anything is loaded
+        self.broken = False  # nothing loads: nothing to be done until a file is saved
         self.db: Database | None = None
         self.reports: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []  # of files: what the gateway that serves cannot tell of
+        self.bad_assistants: list[dict[str, Any]] = []
 
     def prepare(self) -> None:
-        """Start a process that imports what it needs and waits to be told to serve."""
-        self.next = subprocess.Popen(
-            [sys.executable, str(HERE / "demo.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            pass_fds=[self.listener.fileno()], start_new_session=True,  # Ctrl-C is for this process only
-        )  # fmt: skip
+        """Start a process that imports what it needs and waits to be told what to load."""
+        self.next = Child(self.listener)
 
     def start(self, settings: Settings, url: str) -> Mapping[str, Any]:
         """Have the prepared process serve; return what it says of the assistant. Raises ConfigurationError."""
         orders = {"environ": dict(settings.environ), "url": url, "socket": self.listener.fileno(), "log": self.with_log}
         self.orders = json.dumps(orders)
-        if self.replace():
+        if self.replace(["tools/"]):
             with contextlib.suppress(requests.RequestException, ValueError):
                 return requests.get(self.origin, timeout=30).json()["assistant"]
-        raise gateway.ConfigurationError("the gateway does not start: see above")
+        raise gateway.ConfigurationError(f"the gateway does not start: {self.failures[0]['error']}")
 
-    def replace(self) -> bool:
-        """Have the next process take the place of the one that serves; False where it does not even import."""
+    def replace(self, changed: Iterable[str] = ()) -> bool:
+        """Have the next process take the place of the one that serves; False, and that one stays, where it does not
+        load, which is then told of the files that were changed."""
         if self.next is None:
             self.prepare()
-        process, self.next = self.next, None
-        assert process and process.stdin and process.stdout
-        self.broken = not process.stdout.readline()
+        child, loaded = self.next, ""
+        assert child
+        if child.answer(IMPORTS):
+            child.tell(self.orders)
+            loaded = child.answer(LOADING + 2)
+        self.next, self.broken = None, not loaded
         if self.broken:
-            end(process)
+            self.failures = [failure(", ".join(changed) or "gateway.py", f"No arranca: {child.last_words()}")]
+            child.end()
             return False
-        if self.process:
-            end(self.process)
-        self.process, self.began = process, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(self.orders + "\n")
-            process.stdin.flush()
+        if self.current:
+            self.current.end()
+        self.current, self.failures = child, []
+        self.bad_assistants = [failure(f"assistants/{name}", why) for name, why in json.loads(loaded).items()]
+        child.began = time.monotonic()
+        child.tell("serve")
         return True
 
     def watch(self) -> None:
         """See to the process and the files, until a signal comes."""
-        stamps, looked = saved(), time.monotonic()
+        looked = 0.0
         while True:
-            time.sleep(TICK)
-            if self.process and self.process.poll() is not None and not self.broken:
-                time.sleep(PAUSE if time.monotonic() - self.began < PAUSE else 0)
-                self.replace()
+            if self.current and self.current.ended and not self.broken:
+                self.revive(self.current)
             if time.monotonic() - looked >= 1:
-                looked, now = time.monotonic(), saved()
-                if changed := sorted({path.name for path, _ in now.items() ^ stamps.items()}):
+                looked, before, self.stamps = time.monotonic(), self.stamps, saved()
+                if changed := sorted({str(path.relative_to(HERE)) for path, _ in self.stamps.items() ^ before.items()}):
                     say(f"Cambió {', '.join(changed)}: lo cargo de nuevo.")
-                    self.replace()
-                stamps = now
+                    self.replace(changed)
+            time.sleep(TICK)
+
+    def revive(self, child: Child) -> None:
+        """Start another in place of one that has ended; one that ended at once by itself is shown till then."""
+        if time.monotonic() - child.began < PAUSE and child.process.returncode != -signal.SIGKILL:
+            self.failures = [failure("gateway.py", f"Terminó al empezar: {child.last_words()}")]
+            time.sleep(PAUSE)
+        self.replace()
 
     def kill(self) -> str:
         """Kill the process as nothing can be killed more thoroughly; another one takes its place."""
-        if self.process is None or self.process.poll() is not None:
+        if self.current is None or self.current.ended:
             return "El gateway ya está muerto; otro toma su lugar."
-        self.process.kill()
-        return f"kill -9 {self.process.pid}: el gateway murió; otro toma su lugar."
+        self.current.process.kill()
+        return f"kill -9 {self.current.process.pid}: el gateway murió; otro toma su lugar."
 
     def stop(self) -> None:
         """End all that runs."""
-        for process in (self.process, self.next):
-            if process:
-                end(process)
+        for child in (self.current, self.next):
+            if child:
+                child.end()
 
     # What the page asks
 
@@ -185,8 +283,12 @@ class Keeper:
         """Return what the gateway says of its plugins; while there is none, what the last one said."""
         with contextlib.suppress(requests.RequestException, ValueError, KeyError):
             self.reports = requests.get(self.origin + REPORTS, timeout=1).json()["plugins"]
-        broken = {"file": "gateway.py", "tools": [], "hooks": [], "error": "no arranca: la terminal dice por qué"}
-        return [*self.reports, broken] if self.broken else self.reports
+        return [*self.failures, *self.bad_assistants, *self.reports]
+
+
+def failure(file: str, why: str) -> dict[str, Any]:
+    """Return what the side pane shows of a file that keeps something from being loaded."""
+    return {"file": file, "tools": [], "hooks": [], "error": why}
 
 
 def saved() -> dict[Path, int]:
@@ -197,18 +299,6 @@ def saved() -> dict[Path, int]:
             with contextlib.suppress(FileNotFoundError):
                 found[path] = path.stat().st_mtime_ns
     return found
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """End a process, in good order where it can."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(LAST_WORDS)
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close() if pipe else None
 
 
 # --- The gateway's process itself -------------------------------------------------------------------------
@@ -236,20 +326,27 @@ def wait_for_end(stop: threading.Event) -> None:
 
 def main() -> int:
     """Serve as the first line of stdin says, until SIGTERM or the end of stdin, which is the other process's end."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    print("ready", flush=True)
-    os.dup2(2, 1)  # nobody reads on
+    answers = os.fdopen(os.dup(1), "w")  # nobody else's: what a tool prints goes to stderr
+    os.dup2(2, 1)
+    print("ready", file=answers, flush=True)
     line = sys.stdin.readline()
     if not line:
         return 0
     orders = json.loads(line)
     settings = load_settings(orders["environ"])
     show_log(settings, orders["log"])
+    faulthandler.dump_traceback_later(LOADING, exit=True)  # a file that does not come to an end
     hilo = gateway.Gateway(settings, orders["url"])
+    hilo.upkeep.every = CATCH_UP
+    server = Inherited(hilo, socket.socket(fileno=orders["socket"]))
+    faulthandler.cancel_dump_traceback_later()
     for name, why in hilo.journey.bad_assistants.items():
         log.error("⚠️ assistants/%s: %s", name, why)
-    server = Inherited(hilo, socket.socket(fileno=orders["socket"]))
+    print(json.dumps(hilo.journey.bad_assistants), file=answers, flush=True)
+    if not sys.stdin.readline():  # told to serve, once the one before has ended
+        return 0
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     hilo.start()
     server.thread.start()
     threading.Thread(target=wait_for_end, args=(stop,), daemon=True).start()

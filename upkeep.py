@@ -37,6 +37,7 @@ class Upkeep:
     def __init__(self, gateway: Gateway):
         self.gateway = gateway
         self.stopping = threading.Event()
+        self.every = EVERY
         self.chores: list[Callable[[], None]] = [self.catch_up, self.hand_back, self.prune]
         self.threads = [
             threading.Thread(target=self.work, args=(jobs,), name="upkeep", daemon=True)
@@ -100,7 +101,7 @@ class Upkeep:
         if stored:
             log.warning("⚠️ %d messages had not come by webhook: fetched from Twilio's list", stored)
         settled = self.last_outage + SETTLED + TICK
-        self.next_catch_up = settled if settled > began else began + EVERY
+        self.next_catch_up = settled if settled > began else began + self.every
 
     def store(self, form: dict[str, str], at: datetime) -> bool:
         """Store one message that was missed; False where it was known, or is such that no database would take it."""

@@ -136,6 +136,35 @@ def test_demo_answers_on_its_page_reloads_tools_and_outlives_a_kill(
     assert made <= {".data", ".env", "__pycache__"}
 
 
+def test_file_that_keeps_the_gateway_from_starting_is_shown_while_the_former_one_answers(
+    demo: Callable[..., Demo], project: Path
+) -> None:
+    one = demo(BURST_SECONDS="0")
+
+    def told(file: str, text: str) -> Any:
+        plugins = one.inspect()["plugins"]
+        return next((each for each in plugins if file in each["file"] and text in (each["error"] or "")), None)
+
+    tool, texts = project / "tools" / "lento.py", project / "tools" / "textos.toml"
+    tool.write_text("import time\n\nwhile True:\n    time.sleep(1)\n")
+    wait_for(lambda: told("tools/lento.py", "No arranca: tools/lento.py:4: tarda más de 6 s en cargar"), 40)
+    one.write("quiero un curso de excel")
+    assert "EXC-101" in wait_for(one.replies, 20)[0]
+    tool.write_text("import os\n\nos._exit(3)\n")
+    wait_for(lambda: told("tools/lento.py", "No arranca: el proceso terminó sin decir nada (código 3)"), 40)
+    tool.unlink()
+    good = texts.read_text()
+    texts.write_text(good + "\n[roto\n")
+    wait_for(lambda: told("tools/textos.toml", "No arranca: tools._textos.TextosError: "), 40)
+    texts.write_text(good)
+    (project / "assistants" / "roto.md").write_text("---\nmodel: [\n---\nHola")
+    wait_for(lambda: told("assistants/roto.md", "line"), 40)
+    assert told("tools/textos.toml", "") is None
+    (project / "assistants" / "roto.md").unlink()
+    one.process.send_signal(signal.SIGTERM)
+    assert one.process.wait(20) == 0
+
+
 def test_demo_that_is_killed_takes_its_gateway_along(demo: Callable[..., Demo], project: Path) -> None:
     one = demo()
     family = psutil.Process(one.process.pid).children()

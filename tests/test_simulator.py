@@ -305,7 +305,8 @@ def test_deleted_media_are_gone(client: Client, twilio: Simulator, receiver: Rec
 # --- Typing and credentials -----------------------------------------------------------------------------------
 
 
-def test_a_typing_indicator_is_kept_and_marks_the_message_and_those_before_it_read(client: Client, twilio: Simulator) -> None:
+def test_a_typing_indicator_is_kept_and_marks_the_message_and_those_before_it_read(
+        client: Client, twilio: Simulator) -> None:
     twilio.receive(ANA, "¿hola?")
     sid = twilio.receive(ANA, "hola").sid
     twilio.receive(ANA, "¿estás?")
