@@ -28,6 +28,7 @@ from simulator import (
     Simulator,
     button_fields,
     location_fields,
+    reply_fields,
     whatsapp,
 )
 
@@ -35,6 +36,7 @@ log = logging.getLogger("page")
 
 FILES = Path(__file__).parent
 MEDIA_LIMIT = 16 << 20  # bytes, as WhatsApp's
+PAGES = ("/", "/chat", "/chat/")  # what a link may lead to
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -154,6 +156,8 @@ class ChatPage:
         def guarded(**parts: str) -> Any:
             environ = request.environ
             origin = environ.get("HTTP_ORIGIN", None if page and request.method == "POST" else self._origin())
+            if opens_a_page():
+                return handler(**parts)
             if origin != self._origin() or environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("same-origin", "none"):
                 return HTTPResponse("only from the chat page itself", 403)
             return handler(**parts)
@@ -220,7 +224,7 @@ class ChatPage:
             "sid": message.sid, "by": "user" if inbound else "hilo", "text": text, "at": message.created.isoformat(),
             "status": message.status, "error": message.error_code, "buttons": actions,
             "place": {"at": place, "label": fields.get("Label", "")} if place else None,
-            "button": "ButtonText" in fields,
+            "button": "ButtonText" in fields, "quoted": fields.get("OriginalRepliedMessageSid"),
             "media": [{"url": f"/chat/media/{media.sid}", "type": media.content_type} for media in message.media],
         }
 
@@ -291,21 +295,34 @@ class ChatPage:
     # What people do
 
     def send(self) -> HTTPResponse:
-        """A text, a tapped button or a place, written by one of the people."""
+        """A text, a tapped button or a place, written by one of the people, perhaps in answer to a message."""
         form = sent_json("address", "text", "sid")
-        fields: dict[str, str] = {}
-        if place := form.get("place"):
-            fields = location_fields(float(place["latitude"]), float(place["longitude"]), str(place["label"]))
-        if button := form.get("button"):
+        fields = located(form["place"]) if form.get("place") is not None else {}
+        button = form.get("button")
+        if button is not None:
+            if not isinstance(button, dict) or "id" not in button:
+                return HTTPResponse("a button has an id", 400, HEADERS)
             fields = button_fields(form["text"], str(button["id"]), str(button.get("sid", "")), self.twilio.number)
+        fields |= self._answering(form["address"], form.get("reply_to"))
         return self._received(form["address"], form["text"], form["sid"], fields=fields)
+
+    def _answering(self, address: str, sid: Any) -> dict[str, str]:
+        """The fields of an answer to a message of this conversation; 400 where there is no such message."""
+        if not sid:
+            return {}
+        original = self.twilio.records.get(str(sid))
+        if original is None or original.address != address:
+            raise HTTPResponse("no such message to answer", 400, HEADERS)
+        return reply_fields(original.sid, original.from_)
 
     def send_media(self) -> HTTPResponse:
         """A file, as the request's body, sent by one of the people."""
         query, kind = request.query, request.content_type
         if not re.fullmatch(r"[\w.+-]+/[\w.+-]+(; ?[\w=.-]+)?", kind) or not 0 < request.content_length <= MEDIA_LIMIT:
             return HTTPResponse("a file of at most 16 MB with its type", 400, HEADERS)
-        return self._received(query.getunicode("address", ""), query.getunicode("text", ""), query.get("sid", ""),
+        address = query.getunicode("address", "")
+        return self._received(address, query.getunicode("text", ""), query.get("sid", ""),
+                              fields=self._answering(address, query.get("reply_to")),
                               media=[(request.body.read(), kind.split(";")[0])])
 
     def _received(self, address: str, text: str, sid: str, **kwargs: Any) -> HTTPResponse:
@@ -380,6 +397,23 @@ class ChatPage:
 
 PASSED_ON = {"authorization", "content-type", "accept", "user-agent", "idempotency-key"}
 PASSED_BACK = {"content-type", "retry-after", "retry-after-ms"}
+
+
+def opens_a_page() -> bool:
+    """Whether a browser is about to show one of the pages, wherever the link to it was; not so in a frame."""
+    mode, shown = request.environ.get("HTTP_SEC_FETCH_MODE"), request.environ.get("HTTP_SEC_FETCH_DEST")
+    return request.method == "GET" and request.path in PAGES and (mode, shown) == ("navigate", "document")
+
+
+def located(place: Any) -> dict[str, str]:
+    """The fields of a shared place; 400 for what is no place on Earth."""
+    try:
+        latitude, longitude, label = float(place["latitude"]), float(place["longitude"]), str(place.get("label", ""))
+    except (TypeError, KeyError, ValueError, OverflowError):
+        latitude = math.nan
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):
+        raise HTTPResponse("a place has a latitude and a longitude", 400, HEADERS)
+    return location_fields(latitude, longitude, label)
 
 
 def answered(body: Any, status: int = 200) -> HTTPResponse:

@@ -66,7 +66,7 @@ function toast(text) {
   node.textContent = text;
   node.hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { node.hidden = true; }, 4500);
+  toastTimer = setTimeout(() => { node.hidden = true; }, 2500 + 50 * text.length);
 }
 
 const newSid = (prefix) => `${prefix}${[...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("")}`;
@@ -103,7 +103,7 @@ function personItem({ address, name, unread, last }) {
     avatar(address, name),
     make("span", { className: "person-text" },
       make("span", { className: "line" },
-        make("span", { className: "name" }, name),
+        make("span", { className: "name", title: name }, name),
         last ? make("time", { className: unread ? "fresh" : "" }, clock.format(new Date(last.at))) : null),
       make("span", { className: "line" }, preview,
         unread ? make("span", { className: "badge", "aria-label": `${unread} sin leer` }, String(unread)) : null)));
@@ -138,8 +138,10 @@ async function choose(address, focus) {
     list.replaceChildren();
     input.value = drafts.get(address) ?? "";
     resizeInput();
+    answerTo(null);
   }
   const { name } = people.get(address);
+  $("#as-whom").title = name;
   $("#as-whom").replaceChildren(avatar(address, name), make("span", {}, make("small", {}, "Escribes como"), name));
   renderPeople();
   history.replaceState(null, "", `#${encodeURIComponent(address)}`);
@@ -211,6 +213,26 @@ function replies(message) {
   return buttons.length ? make("div", { className: "replies" }, ...buttons) : null;
 }
 
+const byWhom = (message) => (message.by === "user" ? "Tú" : "Hilo");
+
+/** The message that another one answers, as it is shown above that. */
+function quotation(sid) {
+  const original = conversation.find((message) => message.sid === sid);
+  return original ? [make("strong", {}, byWhom(original)), make("span", {}, previewOf(original))] : [];
+}
+
+function quoted(message) {
+  const nodes = quotation(message.quoted);
+  return nodes.length ? make("div", { className: "quoted" }, ...nodes) : null;
+}
+
+function answerButton(message) {
+  const node = make("button", { type: "button", className: "answer", tabIndex: -1, title: "Responder",
+    "aria-label": `Responder a: ${previewOf(message).slice(0, 60)}` }, icon("reply"));
+  node.addEventListener("click", () => answerTo(message.sid));
+  return node;
+}
+
 const failed = (message) => message.by === "hilo" && ["undelivered", "failed"].includes(message.status);
 
 function bubble(message) {
@@ -221,13 +243,14 @@ function bubble(message) {
     make("time", { dateTime: message.at }, clock.format(new Date(message.at))),
     message.by === "user" ? tick(message) : null);
   const body = make("div", { className: "bubble" },
-    make("span", { className: "hidden" }, message.by === "user" ? "Tú: " : "Hilo: "),
+    make("span", { className: "hidden" }, `${byWhom(message)}: `),
     failed(message) ? make("p", { className: "failure" }, icon("warn"),
       `No entregado${message.error ? ` (${message.error})` : ""}: el usuario no ve este mensaje`) : null,
+    quoted(message),
     ...message.media.map((file) => mediaNode(file, message)),
     message.place ? placeNode(message.place) : null,
     message.button ? make("small", { className: "tapped" }, icon("button"), "Botón") : null,
-    message.text ? text : null, meta);
+    message.text ? text : null, meta, failed(message) ? null : answerButton(message));
   const classes = ["message", message.by, failed(message) ? "failed" : "", message.media.length ? "with-media" : "",
     inLine ? "in-line" : ""];
   return make("article", { className: classes.join(" "), data: { sid: message.sid, status: message.status } },
@@ -348,26 +371,87 @@ function markRead() {
   if (unread && visible) api("read", { address: current }).catch(() => {});
 }
 
-document.addEventListener("visibilitychange", markRead);
+document.addEventListener("visibilitychange", () => {
+  if (document.visibilityState === "visible" && current) onChange(current); // a hidden page may have missed something
+});
+
+/** Arrow keys move between the messages; Enter answers one. */
+list.addEventListener("keydown", (event) => {
+  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (event.key === "Escape") input.focus();
+  if (!step || event.target.closest("input")) return;
+  const buttons = [...list.querySelectorAll(".answer")], at = buttons.indexOf(document.activeElement);
+  const next = at >= 0 ? buttons[at + step] : step < 0 ? buttons.at(-1) : null;
+  if (!next) return;
+  event.preventDefault();
+  next.focus();
+});
+
+const SWIPE = 56;  // pixels
+let swipe = null;
+
+list.addEventListener("touchstart", ({ touches, target }) => {
+  const node = target.closest(".message");
+  const can = touches.length === 1 && node?.querySelector(".answer") && !target.closest("input");
+  swipe = can ? { node, x: touches[0].clientX, y: touches[0].clientY, by: 0 } : null;
+}, { passive: true });
+list.addEventListener("touchmove", ({ touches }) => {
+  if (!swipe) return;
+  if (Math.abs(touches[0].clientY - swipe.y) > SWIPE / 2) { endSwipe(false); return; } // it is the list that moves
+  swipe.by = Math.max(0, Math.min(SWIPE + 12, touches[0].clientX - swipe.x));
+  swipe.node.style.transform = `translateX(${swipe.by}px)`;
+}, { passive: true });
+list.addEventListener("touchend", () => endSwipe(true));
+list.addEventListener("touchcancel", () => endSwipe(false));
+
+/** Put a message that was swiped to the right back, and answer it where it was swiped far enough. */
+function endSwipe(may) {
+  if (!swipe) return;
+  const { node, by } = swipe;
+  swipe = null;
+  node.style.transform = "";
+  if (may && by >= SWIPE) answerTo(node.dataset.sid);
+}
 
 // --- Writing ----------------------------------------------------------------------------------------------------
+
+let answering = null;  // sid of the message that the next one answers
+
+function answerTo(sid) {
+  answering = sid;
+  $("#quote-text").replaceChildren(...quotation(sid));
+  $("#quote").hidden = !sid;
+  if (sid) input.focus();
+}
+
+/** The sid of the message that is answered now, which is done with. */
+function takeAnswer() {
+  const sid = answering;
+  answerTo(null);
+  return sid;
+}
+
+$("#quote-cancel").addEventListener("click", () => { answerTo(null); input.focus(); });
 
 function expect(message) {
   const sid = newSid(message.media ? "MM" : "SM");
   pending.set(sid, {
     sid, address: current, by: "user", at: new Date().toISOString(), status: "pending", error: null, text: "", media: [],
-    place: null, button: false, buttons: [], ...message,
+    place: null, button: false, buttons: [], quoted: null, ...message,
   });
   renderMessages();
   toEnd();
   return sid;
 }
 
+const LOST = "El gateway no contestó al webhook. Recogerá el mensaje de la lista de Twilio en poco más de un minuto "
+  + "(en producción, en unos 6 como mucho).";
+
 /** Post what `expect` shows already; tell when the gateway gave no answer. */
 async function deliver(sid, post) {
   try {
     const { status } = await post();
-    if (status === 0) toast("El gateway no contestó al webhook. El mensaje sigue en la lista de Twilio.");
+    if (status === 0) toast(LOST);
     else if (status >= 300) toast(`El gateway respondió ${status} al webhook.`);
   } catch (error) {
     pending.delete(sid);
@@ -377,16 +461,19 @@ async function deliver(sid, post) {
 }
 
 function sendText(text, button = null, place = null) {
-  const address = current;
+  const address = current, quote = button?.sid ?? takeAnswer();
   const shownPlace = place && { at: [Number(place.latitude), Number(place.longitude)], label: place.label };
-  const sid = expect({ text, button: Boolean(button), place: shownPlace });
-  return deliver(sid, () => api("send", { address, text, sid, ...(button && { button }), ...(place && { place }) }));
+  const sid = expect({ text, button: Boolean(button), place: shownPlace, quoted: quote });
+  return deliver(sid, () => api("send", {
+    address, text, sid, ...(button && { button }), ...(place && { place }), ...(quote && { reply_to: quote }),
+  }));
 }
 
 function sendFile(file, text = "") {
   const type = file.type || "application/octet-stream";
-  const sid = expect({ text, media: [{ url: URL.createObjectURL(file), type }] });
-  const query = new URLSearchParams({ address: current, text, sid });
+  const quote = takeAnswer();
+  const sid = expect({ text, media: [{ url: URL.createObjectURL(file), type }], quoted: quote });
+  const query = new URLSearchParams({ address: current, text, sid, reply_to: quote ?? "" });
   return deliver(sid, async () => {
     const answer = await fetch(`api/media?${query}`, { method: "POST", headers: { "Content-Type": type }, body: file });
     if (!answer.ok) throw new Error(answer.status === 400 ? "Elige un archivo de hasta 16 MB." : "No se pudo enviar el archivo.");
@@ -404,6 +491,7 @@ function resizeInput() {
 
 input.addEventListener("input", resizeInput);
 input.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") answerTo(null);
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   $("#compose").requestSubmit();
@@ -852,17 +940,23 @@ function onChange(address) {
   stateTimer = setTimeout(() => loadState().catch(() => {}), 120);
 }
 
+const others = new BroadcastChannel("hilo-events");
+others.addEventListener("message", ({ data }) => heard(data));
+
+function heard({ address, online }) {
+  if (address) onChange(address);
+  if (online === undefined) return;
+  document.body.classList.toggle("offline", !online);
+  if (!online) $("#presence").textContent = "sin conexión con el simulador";
+  else if (current) onChange(current);
+}
+
 function listen() {
   const events = new EventSource("api/events");
-  events.addEventListener("change", (event) => onChange(JSON.parse(event.data)));
-  events.addEventListener("open", () => {
-    document.body.classList.remove("offline");
-    if (current) onChange(current);
-  });
-  events.addEventListener("error", () => {
-    document.body.classList.add("offline");
-    $("#presence").textContent = "sin conexión con el simulador";
-  });
+  const tell = (news) => { heard(news); others.postMessage(news); };
+  events.addEventListener("change", (event) => tell({ address: JSON.parse(event.data) }));
+  events.addEventListener("open", () => tell({ online: true }));
+  events.addEventListener("error", () => tell({ online: false }));
 }
 
 async function start() {
@@ -872,7 +966,8 @@ async function start() {
   app.classList.toggle("no-side", matchMedia("(max-width: 1080px)").matches);
   const wanted = decodeURIComponent(location.hash.slice(1));
   await choose(people.has(wanted) ? wanted : people.keys().next().value, !phone.matches);
-  listen();
+  // A browser keeps six connections to a host: of its pages one listens, until it is closed, and tells the others.
+  navigator.locks.request("hilo-events", () => new Promise(listen));
 }
 
 start().catch((error) => toast(error.message));

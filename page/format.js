@@ -92,7 +92,8 @@ export function formatted(text) {
 }
 
 /** The text on one line and without its marks, for previews. */
-export const plain = (text) => text.replace(/```|[*_~`]/gu, "").replace(/\s+/gu, " ").trim();
+export const plain = (text) => text.replaceAll("```", "").split("\n").map(
+  (line) => inline(line).map((node) => node.textContent ?? node).join("")).join(" ").replace(/\s+/gu, " ").trim();
 
 const EMOJI = /^(?:\p{Extended_Pictographic}|\p{Emoji_Modifier}|\p{Regional_Indicator}|\u200d|\ufe0f|\s)+$/u;
 

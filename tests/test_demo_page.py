@@ -41,6 +41,7 @@ BROWSER_ARGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first
                 "--use-fake-ui-for-media-stream").split()
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
                          "rkJggg==")
+SENT = {"address": ANA, "text": "hola", "sid": "SM" + "a" * 32}
 CATALOGUE = Path(cursos.__file__).with_name("cursos.csv")
 SCREENSHOT = FILES / "screenshot.png"  # the README's; made anew with HILO_SCREENSHOT=1
 TEMPLATE = "HX" + "c" * 32
@@ -183,6 +184,16 @@ def test_another_pages_request_is_refused(twilio: Simulator, headers: dict[str, 
     assert call(twilio, "POST", "/chat/api/read", json={"address": ANA}, headers=headers).status_code == status
 
 
+@pytest.mark.parametrize("path", ["/", "/chat", "/chat/"])
+def test_a_link_on_another_site_opens_the_page_but_frames_and_scripts_do_not(twilio: Simulator, path: str) -> None:
+    followed = {"Origin": "", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate",
+                "Sec-Fetch-Dest": "document"}
+    assert call(twilio, "GET", path, headers=followed).status_code == 200
+    assert call(twilio, "GET", path, headers=followed | {"Sec-Fetch-Dest": "iframe"}).status_code == 403
+    assert call(twilio, "GET", path, headers=followed | {"Sec-Fetch-Mode": "no-cors"}).status_code == 403
+    assert call(twilio, "GET", "/chat/api/state", headers=followed).status_code == 403
+
+
 def test_another_site_cannot_read_the_conversation_either(twilio: Simulator) -> None:
     headers = {"Origin": "", "Sec-Fetch-Site": "cross-site"}
     assert call(twilio, "GET", f"/chat/api/conversation?address={ANA}", headers=headers).status_code == 403
@@ -193,6 +204,11 @@ def test_another_site_cannot_read_the_conversation_either(twilio: Simulator) -> 
     ("send", {"address": "ana", "text": "hola", "sid": "SM" + "a" * 32}),
     ("send", {"address": ANA, "text": "hola", "sid": "../x"}),
     ("send", ["hola"]),
+    ("send", SENT | {"place": "x"}),
+    ("send", SENT | {"place": {}}),
+    ("send", SENT | {"place": {"latitude": "nan", "longitude": "1e999", "label": ""}}),
+    ("send", SENT | {"button": "x"}),
+    ("send", SENT | {"reply_to": "SM" + "b" * 32}),
     ("switch", {"key": "nothing", "state": "once"}),
     ("switch", {"key": "send_500", "state": "often"}),
     ("action", {"name": "nothing"}),
@@ -459,6 +475,45 @@ def test_a_templates_button_and_a_photo_from_the_gateway_are_shown(chat: Chat, r
     chat.write("foto")
     chat.answer("El folleto")
     chat.until("document.querySelector('.hilo .photo')?.naturalWidth === 1")
+
+
+def test_a_message_is_answered_by_mouse_by_touch_and_by_keyboard(
+        chat: Chat, twilio: Simulator, receiver: Receiver) -> None:
+    chat.write("hola_mundo")
+    answer = chat.answer("Inglés básico")
+    if chat.is_phone:
+        for kind, x in (("touchstart", 40), ("touchmove", 120), ("touchend", 120)):
+            answer.evaluate("""(node, [kind, x]) => {
+                const at = new Touch({ identifier: 1, target: node, clientX: x, clientY: 9 });
+                node.dispatchEvent(new TouchEvent(kind, { bubbles: true, touches: [at] })); }""", [kind, x])
+    else:
+        answer.hover()
+        answer.locator(".answer").click()
+    assert chat.see("#quote").inner_text().startswith("Hilo\nInglés básico (en línea), $2,400 HOLA10")
+    chat.page.keyboard.press("Escape")
+    assert chat.page.locator("#quote").is_hidden()
+    chat.page.focus("#messages")
+    for key in ("ArrowUp", "ArrowUp", "Enter"):
+        chat.page.keyboard.press(key)
+    assert chat.see("#quote").inner_text() == "Tú\nhola_mundo"
+    chat.write("esto")
+    assert chat.see(".message.user .quoted").inner_text() == "Tú\nhola_mundo"
+    twilio.wait_for(ANA, 2)
+    form = receiver.forms[1]
+    assert (form["OriginalRepliedMessageSid"], form["OriginalRepliedMessageSender"]) == (twilio.messages[0].sid, ANA)
+    assert chat.page.locator("#quote").is_hidden()
+    chat.page.reload()
+    chat.see(".message.user .quoted", "hola_mundo")
+
+
+def test_many_open_pages_still_work_and_learn_what_is_new(browser: Browser, twilio: Simulator) -> None:
+    first = new_window(browser, "desktop")
+    chats = [Chat(page, twilio.page_url) for page in (first, *(first.context.new_page() for _ in range(6)))]
+    chats[0].page.close()  # the one that listened
+    chats[1].write("hola")
+    chats[-1].answer("Inglés básico")
+    chats[2].see(".message.user", "hola")
+    first.context.close()
 
 
 def test_the_side_pane_shows_runs_calls_and_a_plugin_that_does_not_load(chat: Chat) -> None:

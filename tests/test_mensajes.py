@@ -25,7 +25,7 @@ from settings import load_settings
 from simulator import Simulator, button_fields, location_fields
 from tests.conftest import ANA, Hilo
 from tests.local_openai import Fault, LocalOpenAI, says
-from tools import Context, Media, Message, ToolError
+from tools import Context, Media, Message, ToolError, mensajes
 from tools._entrada import breve, leer
 from tools._textos import texto
 from tools.documentos import contactos
@@ -350,6 +350,19 @@ def test_reply_quotes_what_it_answers_and_never_what_others_said(
         "[En respuesta a su propio mensaje: «[Nota de voz] Hola, busco un curso de Excel.»]\nese",
         "[En respuesta a un mensaje anterior que ya no está a la mano]\nese",
     ]
+
+
+@pytest.mark.parametrize(("direction", "archivo", "plantilla", "words"), [
+    ("out", None, "HX1", "lo que le escribiste, una plantilla"),
+    ("out", "https://x/y.pdf", None, "lo que le escribiste, un archivo"),
+    ("in", "https://x/y.jpg", None, "su propio mensaje, un archivo"),
+    ("in", None, None, "su propio mensaje, sin texto"),
+])  # fmt: skip
+def test_quoted_message_without_text_is_named_for_what_it_is(
+    direction: str, archivo: str | None, plantilla: str | None, words: str
+) -> None:
+    row = {"direction": direction, "leido": None, "body": "", "archivo": archivo, "plantilla": plantilla}
+    assert mensajes.cita(row) == words
 
 
 # --- Plugins that are not there -------------------------------------------------------------------------------

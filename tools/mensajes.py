@@ -58,7 +58,8 @@ def respuesta(lectura: Lectura) -> str | None:
         return None
     que = "Reacción" if es_reaccion(lectura.message) else "En respuesta"
     filas = lectura.context.query(
-        """SELECT direction, body, media_url, CASE jsonb_typeof(input) WHEN 'string' THEN input #>> '{}' END AS leido
+        """SELECT direction, body, coalesce(media_url, raw ->> 'MediaUrl0') AS archivo, content_sid AS plantilla,
+                CASE jsonb_typeof(input) WHEN 'string' THEN input #>> '{}' END AS leido
             FROM messages WHERE sid = :sid AND user_phone = :u""",
         sid=sid,
         u=lectura.message.address,
@@ -72,7 +73,9 @@ def cita(fila: dict[str, Any]) -> str:
     """A quoted message: whose it was, and how it began."""
     de_quien = "lo que le escribiste" if fila["direction"] == "out" else "su propio mensaje"
     dicho = breve(fila["leido"] or fila["body"] or "", CITA)
-    return f"{de_quien}: «{dicho}»" if dicho else f"{de_quien}, un archivo"
+    if dicho:
+        return f"{de_quien}: «{dicho}»"
+    return f"{de_quien}, {'un archivo' if fila['archivo'] else 'una plantilla' if fila['plantilla'] else 'sin texto'}"
 
 
 # --- What was chosen ------------------------------------------------------------------------------------------
