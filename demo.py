@@ -167,7 +167,9 @@ class Child:
         if hung is None and not self.ended:
             return "el proceso no contesta"
         if hung is None:
-            return said[-1] if said else f"el proceso terminó sin decir nada (código {self.process.returncode})"
+            last = said[-1] if said else "no dijo nada"
+            # Python ends with 1 where it could not go on, and says why.
+            return last if self.process.returncode == 1 else f"terminó con el código {self.process.returncode}: {last}"
         found = [FRAME.search(line) for line in said[hung:]]
         where = next((f"{frame[1]}:{frame[2]}: " for frame in found if frame), "")
         return f"{where}tarda más de {LOADING:g} s en cargar"

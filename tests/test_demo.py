@@ -151,7 +151,7 @@ def test_file_that_keeps_the_gateway_from_starting_is_shown_while_the_former_one
     one.write("quiero un curso de excel")
     assert "EXC-101" in wait_for(one.replies, 20)[0]
     tool.write_text("import os\n\nos._exit(3)\n")
-    wait_for(lambda: told("tools/lento.py", "No arranca: el proceso terminó sin decir nada (código 3)"), 40)
+    wait_for(lambda: told("tools/lento.py", "No arranca: terminó con el código 3: no dijo nada"), 40)
     tool.unlink()
     good = texts.read_text()
     texts.write_text(good + "\n[roto\n")
