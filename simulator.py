@@ -772,8 +772,9 @@ class Simulator:
             self.records.note_callback(Callback(url, form, answer), message.to)
 
     def mark_read(self, message: Message) -> None:
-        """The user has seen an outbound message: state `read`, with its callback."""
-        if message.direction != "inbound" and message.status in ("queued", "sent", "delivered"):
+        """The user has seen an outbound message: state `read`, with its callback. One that is only sent may never come
+        to their phone."""
+        if message.direction != "inbound" and message.status == "delivered":
             self._advance(message, [("read", 0.0)], None, None)
 
     def file(self, sid: str) -> Media | None:

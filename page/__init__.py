@@ -335,8 +335,7 @@ class ChatPage:
     def read(self) -> HTTPResponse:
         """The person has the conversation before their eyes: what was delivered is read."""
         for message in self.twilio.sent_to(sent_json("address")["address"]):
-            if message.status in ("sent", "delivered"):
-                self.twilio.mark_read(message)
+            self.twilio.mark_read(message)
         return answered({})
 
     def add_person(self) -> HTTPResponse:

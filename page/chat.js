@@ -366,7 +366,7 @@ function showTyping() {
 }
 
 function markRead() {
-  const unread = conversation.some((message) => message.by === "hilo" && ["sent", "delivered"].includes(message.status));
+  const unread = conversation.some((message) => message.by === "hilo" && message.status === "delivered");
   const visible = document.visibilityState === "visible" && (!phone.matches || app.dataset.view === "chat");
   if (unread && visible) api("read", { address: current }).catch(() => {});
 }
