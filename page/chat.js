@@ -269,8 +269,10 @@ function wantedNodes() {
     const when = day(new Date(message.at));
     if (when !== lastDay) nodes.push(separator(when));
     const known = shown.get(message.sid);
-    const key = JSON.stringify([message.status, message.error, message.text, message.media.length, message.buttons.length]);
+    const state = message.by === "user" ? message.status : failed(message); // ours has no ticks
+    const key = JSON.stringify([state, message.error, message.text, message.media.length, message.buttons.length]);
     const node = known?.key === key ? known.node : updated(known, message);
+    node.dataset.status = message.status;
     node.classList.toggle("first", message.by !== lastBy || when !== lastDay);
     shown.set(message.sid, { node, key, text: message.text });
     nodes.push(node);
@@ -287,7 +289,6 @@ function updated(known, message) {
     return node;
   }
   known.node.querySelector(".tick").replaceWith(tick(message));
-  known.node.dataset.status = message.status;
   return known.node;
 }
 
