@@ -109,7 +109,7 @@ def test_server_that_is_not_there_is_down_in_few_words() -> None:
 def test_connection_that_the_server_closed_is_replaced_unseen(db: Database) -> None:
     (pid,) = [row["pid"] for row in db.rows("SELECT pg_backend_pid() AS pid")]
     killer = Database(db_url(db), 1)
-    killer.rows("SELECT pg_terminate_backend(:p)", {"p": pid})
+    killer.rows("SELECT pg_terminate_backend(:p, 10000)", {"p": pid})  # and waits until it has ended
     killer.close()
     assert db.rows("SELECT pg_backend_pid() AS pid")[0]["pid"] != pid
 
