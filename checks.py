@@ -28,7 +28,7 @@ from settings import variables as known_variables
 from tools._plugins import Plugins
 from whatsapp import NotSent, WhatsApp
 
-OLDEST_POSTGRESQL = 13
+OLDEST_POSTGRESQL = 14  # functions with a body that is bound when they are made
 SOON = timedelta(days=90)  # a model that is shut down within it is worth a warning
 SHORTEST_TOKEN = 16
 LONGEST_DESCRIPTION = 1_024  # characters of a tool's
