@@ -60,6 +60,10 @@ class DatabaseFull(DatabaseDown):
     """The server, or the plan, allows no more connections at this time."""
 
 
+class AllInUse(DatabaseDown):
+    """Others of this process use all connections of the pool, which says nothing of the server."""
+
+
 def connection_options(url: str) -> dict[str, Any]:
     """Return pg8000's arguments for a DATABASE_URL (libpq's form); raises ConfigurationError without quoting it."""
     try:
@@ -182,7 +186,7 @@ class Database:
                         self.full_until = now + FULL_PAUSE
                     return None
                 if now >= end:
-                    raise DatabaseDown("all connections are in use")
+                    raise AllInUse("all connections are in use")
                 self.returned.wait(min(end, self.full_until if self.room else end) - now)
         raise DatabaseDown("closed")
 
@@ -244,8 +248,7 @@ class Database:
     def once(self, sql: str, params: Mapping[str, Any] | None, end: float | None) -> list[dict[str, Any]]:
         """Return the rows of one statement, tried once."""
         with self.connection(end) as connection:
-            if end:
-                connection._usock.settimeout(max(0.1, end - time.monotonic()))
+            connection._usock.settimeout(max(0.1, end - time.monotonic()) if end else PATIENCE)
             statement = connection.statements.get(sql)
             if statement is None and len(connection.statements) >= STATEMENTS:
                 connection.statements.pop(next(iter(connection.statements))).close()
@@ -257,8 +260,6 @@ class Database:
                 if "parameter" in str(error):  # not the connection's fault but the caller's
                     raise ValueError(str(error)) from None
                 raise
-            if end:
-                connection._usock.settimeout(PATIENCE)
             names = [column["name"] for column in statement.columns or ()]
             return [dict(zip(names, row, strict=True)) for row in found or ()]
 
@@ -279,8 +280,8 @@ class Database:
         end = time.monotonic() + self.HURRY
         try:
             return self.rows(QUERIES[name], params, end)
-        except DatabaseDown:
-            if time.monotonic() >= end:
+        except DatabaseDown as error:
+            if time.monotonic() >= end and not isinstance(error, AllInUse):
                 self.hung_until = time.monotonic() + HUNG_PAUSE
             raise
 

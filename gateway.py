@@ -375,7 +375,7 @@ class Journey:
     def advance(self, run: Run) -> None:
         """Take a run as far as it goes without waiting; LeaseLost means that another worker has it."""
         step("claimed", run)
-        if run.creating:  # a create was begun and whoever began it is gone: what became of it is not known
+        if run.creating and run.state != "sending":  # whoever began a create is gone: its outcome is not known
             self.runs.rotate(run, "a response may have been made that nobody knows of")
         while run.held:
             if run.state == "queued":

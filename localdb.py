@@ -43,6 +43,7 @@ CACHES = (Path("/var/cache"), Path("/var/tmp"))  # the first is better: only roo
 SOCKET = ".s.PGSQL.5432"  # a name only: no port is opened, so no number can clash
 SOCKET_LIMIT = 107 if sys.platform == "linux" else 103  # bytes in a socket's path, see unix(7)
 START_SECONDS = 120  # with the recovery after a crash
+REVIVAL_SECONDS = 5  # for a start under way, which a stop may have to wait for
 STOP_SECONDS = 20
 LOG_LIMIT = 1_000_000  # bytes; a start empties a longer log; a running server hardly writes to it
 
@@ -77,11 +78,11 @@ def _open(path: Path, flags: int = os.O_RDWR) -> int:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock of the file."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the exclusive lock of the file; raises BlockingIOError where others have it, rather than `wait` for them."""
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         _release(descriptor)
@@ -234,10 +235,13 @@ class LocalDatabase:
                 shutil.rmtree(self._link.parent, ignore_errors=True)
 
     def revive(self) -> None:
-        """Start the server again where it has ended without being told to. Raises LocalDatabaseError."""
-        if self._users >= 0 and self._postmaster() is None:
-            with _locked(self.directory / "lock"), self._logging() as log:
-                self._run(log)
+        """Start the server again where it has ended without being told to, unless others see to that or stop it just
+        now. Raises LocalDatabaseError where it does not answer soon."""
+        if self._users < 0 or self._postmaster() is not None:
+            return
+        with suppress(BlockingIOError), _locked(self.directory / "lock", wait=False), self._logging() as log:
+            if self._users >= 0:
+                self._run(log, REVIVAL_SECONDS)
 
     def _short(self, data: Path) -> Path:
         """The directory, or a link to it where its path is too long for a socket, or libpq would split it."""
@@ -248,9 +252,9 @@ class LocalDatabase:
         self._link.symlink_to(data)
         return self._link
 
-    def _run(self, log: int) -> None:
+    def _run(self, log: int, seconds: float = START_SECONDS) -> None:
         """Return once the server answers and has the database `hilo`."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         server: subprocess.Popen[bytes] | None = None
         while not self._answers():
             if server is not None and server.poll() is not None:
@@ -259,7 +263,7 @@ class LocalDatabase:
             if server is None and self._postmaster() is None:
                 server = self._launch(log)
             if time.monotonic() > deadline:
-                self._fail(f"does not answer within {START_SECONDS} s")
+                self._fail(f"does not answer within {seconds} s")
             time.sleep(0.03)
 
     def _answers(self) -> bool:

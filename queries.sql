@@ -291,10 +291,11 @@ WITH x AS (
     FROM ROWS FROM (jsonb_to_recordset(:parts::jsonb) AS (text text, content_sid text, "to" text)) WITH ORDINALITY x
     WHERE NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = :run AND m.direction = 'out'
         AND (m.user_phone, m.body) = (x."to", coalesce(x.text, '')) AND m.content_sid IS NOT DISTINCT FROM x.content_sid)),
+l AS MATERIALIZED ( -- first the user, then the run: the order in which a message locks them
+    SELECT user_phone FROM users WHERE user_phone = :u AND mode <> 'out' AND EXISTS (SELECT 1 FROM x) FOR NO KEY UPDATE),
 r AS (
     INSERT INTO runs (user_phone, state, due_at, outcome, started_at, written_at)
-    SELECT user_phone, 'sending', now(), 'answered', now(), now() FROM users
-    WHERE user_phone = :u AND mode <> 'out' AND EXISTS (SELECT 1 FROM x)
+    SELECT user_phone, 'sending', now(), 'answered', now(), now() FROM l
     ON CONFLICT (user_phone) WHERE state <> 'done' DO NOTHING RETURNING id, user_phone),
 o AS (UPDATE users u SET mode_run = r.id FROM r WHERE u.user_phone = r.user_phone AND u.mode = 'human') -- an advisor's word
 INSERT INTO messages (user_phone, direction, body, run_id, state, content_sid)

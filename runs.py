@@ -165,7 +165,7 @@ class Runs:
         rows = [{k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(part).items()} for part in parts]
         facts = {"outcome": outcome, "reason": reason, "leave": leave, "failure": run.failure, **run.ended}
         self.fenced(run, "write", parts=json.dumps(rows), **facts)
-        run.state = "sending"
+        run.state, run.creating, run.failure = "sending", False, None
 
     def finish(self, run: Run) -> dict[str, Any]:
         """End the turn; what arrived meanwhile becomes the next one. Returns outcome, parts sent and seconds."""

@@ -503,6 +503,18 @@ def test_error_that_would_come_again_falls_back_at_once(
     assert len(creates(openai_server)) == 1
 
 
+def test_fallback_of_two_parts_after_a_refused_create_is_put_down_between_them_and_sent_whole(
+    hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    hilo.plug(fallback_reply=lambda: ["uno", "dos"])
+    openai_server.faults.append(Fault("POST /v1/responses$", status=401, code="invalid_api_key"))
+    twilio.fault("callback", "lost", times=None)  # so the second part waits, and the run is taken up again for it
+    twilio.receive(ANA, "hola")
+    [run] = hilo.done(1)
+    assert (run["outcome"], run["creating"], len(run["failures"])) == ("fallback", False, 1)
+    assert [message.body for message in twilio.sent_to(ANA)] == ["uno", "dos"]
+
+
 def test_openai_that_is_not_there_falls_back_within_the_deadline(
     hurried: Hilo, twilio: Simulator, openai_server: LocalOpenAI
 ) -> None:
