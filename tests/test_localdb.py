@@ -103,16 +103,17 @@ def answers(database: localdb.LocalDatabase) -> bool:
 
 
 def servers(below: Path) -> list[psutil.Process]:
-    """The live servers of directories at or below this one, found by what the system says of processes."""
-    found = []
+    """The live servers of directories at or below this one, found by what the system says of processes. A child that a
+    server has just made bears its name for a moment: it is none."""
+    found: dict[int, tuple[psutil.Process, int]] = {}
     for process in psutil.process_iter():
         try:
             marks = [word for word in process.cmdline() if word.startswith(f"hilo.directory={below}")]
             if marks and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                found[process.pid] = process, process.ppid()
         except psutil.NoSuchProcess:
             continue
-    return found
+    return [process for process, parent in found.values() if parent not in found]
 
 
 def the_server(directory: Path) -> psutil.Process:
