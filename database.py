@@ -23,6 +23,8 @@ CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
 PATIENCE = 30.0  # seconds that a connection may be silent for, which a statement_timeout does not bound
 HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a database that did not answer
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
+# A plan lives as long as its connection: none that suits an empty table may read the whole of it once it has grown.
+SESSION = {"statement_timeout": "15000", "enable_seqscan": "off", "jit": "off"}
 STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
@@ -83,7 +85,7 @@ def connection_options(url: str) -> dict[str, Any]:
         "password": unquote(parts.password) if parts.password else query.get("password"),
         "database": unquote(parts.path.strip("/")),
         "application_name": "hilo",
-        "startup_params": {"statement_timeout": "15000", "options": query.get("options")},  # -csearch_path=…
+        "startup_params": {**SESSION, "options": query.get("options")},  # -csearch_path=…
     }
     if host.startswith("/"):
         return {**options, "unix_sock": f"{host}/.s.PGSQL.{port}", "ssl_context": False}

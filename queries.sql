@@ -12,7 +12,7 @@ SELECT * FROM receive_message(:sid, :sender, :own, :external, :profile, :body, :
 -- name: claim
 WITH c AS MATERIALIZED (
     SELECT id, held FROM runs WHERE state <> 'done' AND due_at <= now()
-    ORDER BY due_at LIMIT :n FOR NO KEY UPDATE SKIP LOCKED)
+    ORDER BY due_at LIMIT (SELECT :n::int) FOR NO KEY UPDATE SKIP LOCKED) -- one plan for any number
 UPDATE runs r SET held = true, attempt = r.attempt + 1, crashes = CASE WHEN c.held THEN r.crashes + 1 ELSE 0 END,
     due_at = now() + :lease::float8 * interval '1 s'
 FROM c, users u WHERE r.id = c.id AND u.user_phone = r.user_phone
@@ -27,8 +27,8 @@ SELECT extract(epoch FROM min(due_at) - now())::float8 AS seconds FROM runs WHER
 WITH r AS (
     SELECT id, user_phone FROM runs WHERE id = :id AND attempt = :a AND state = 'queued' FOR NO KEY UPDATE),
 t AS (
-    UPDATE messages m SET run_id = r.id FROM r
-    WHERE m.user_phone = r.user_phone AND m.direction = 'in' AND m.run_id IS NULL RETURNING m.*),
+    UPDATE messages m SET run_id = (SELECT id FROM r)
+    WHERE m.user_phone = (SELECT user_phone FROM r) AND m.direction = 'in' AND m.run_id IS NULL RETURNING m.*),
 u AS (
     UPDATE runs SET pending = pending - (SELECT count(*) FROM t), started_at = coalesce(started_at, now()),
         deadline = coalesce(deadline, now() + :timeout::float8 * interval '1 s')
@@ -39,12 +39,8 @@ SELECT x.id, x.sid, x.user_phone, x.body, x.raw, x.opt, x.input, x.reply, x.at,
     (SELECT seed_after FROM users v WHERE v.user_phone = x.user_phone) AS seed_after,
     (SELECT written_at FROM runs o WHERE o.user_phone = x.user_phone AND o.id < :id AND o.outcome IN ('answered', 'fallback')
         ORDER BY o.id DESC LIMIT 1) AS answered_at
-FROM (SELECT * FROM t UNION ALL SELECT m.* FROM messages m, r WHERE m.run_id = r.id AND m.direction = 'in') x
+FROM (SELECT * FROM t UNION ALL SELECT m.* FROM messages m WHERE m.run_id = (SELECT id FROM r) AND m.direction = 'in') x
 ORDER BY x.id
-
--- name: turn
-SELECT id, sid, user_phone, body, raw, opt, input, reply, at FROM messages
-WHERE run_id = :id AND direction = 'in' ORDER BY id
 
 -- name: save_reply
 UPDATE messages SET reply = :reply::jsonb WHERE id = :id RETURNING id
