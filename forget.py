@@ -114,8 +114,7 @@ class Forgetting:
     def close(self) -> None:
         """Close the connections that were opened."""
         self.whatsapp.close()
-        if "client" in vars(self.threads):
-            self.threads.client.close()
+        self.threads.close()
 
     def delete(self, table: str, condition: str, **params: Any) -> None:
         """Delete rows and count them; conditions are this module's own."""

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -176,6 +177,7 @@ class ThreadsAdapter:
         self.settings, self.db, self.tools = settings, db, tools_by_name
         self.breaker = Breaker()
         self.pacer = Pacer()
+        self.lanes: list[openai.OpenAI] = []  # idle ones
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -185,8 +187,35 @@ class ThreadsAdapter:
         key = self.settings.openai_api_key
         return openai.OpenAI(
             api_key=key.get_secret_value() if key else "none", base_url=self.settings.openai_base_url, max_retries=0,
-            timeout=self.settings.call_timeout,
+            timeout=self.settings.call_timeout, http_client=openai.DefaultHttpxClient(verify=self.tls),
         )  # fmt: skip
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """The certificates that are trusted, read once for all lanes."""
+        import httpx2
+
+        return httpx2.create_ssl_context()
+
+    @contextlib.contextmanager
+    def lane(self) -> Iterator[openai.OpenAI]:
+        """Lend a client with a connection of its own: at a shared one's pool its threads wait for each other."""
+        import openai
+
+        self.db.give_way()
+        try:
+            client = self.lanes.pop()
+        except IndexError:
+            client = self.client.copy(http_client=openai.DefaultHttpxClient(verify=self.tls))
+        try:
+            yield client
+        finally:
+            self.lanes.append(client)
+
+    def close(self) -> None:
+        """Close the connections that are kept alive."""
+        for client in [*self.lanes, *filter(None, [vars(self).get("client")])]:
+            client.close()
 
     @cached_property
     def safety_secret(self) -> bytes:
@@ -196,7 +225,8 @@ class ThreadsAdapter:
 
     def warm(self) -> None:
         """Pay for imports and first calls before the first user waits for them."""
-        _ = self.client.responses, self.client.conversations
+        with self.lane() as client:
+            _ = client.responses, client.conversations
         if self.settings.openai_webhook_secret:
             with contextlib.suppress(Exception):
                 self.unwrap(b"{}", {})
@@ -222,7 +252,9 @@ class ThreadsAdapter:
             {"type": "message", "role": turn.role, "content": turn.text[:4000]}
             for turn in history(self.db, self.settings, run.user_phone, SEED_MESSAGES, run.id)
         ]
-        thread_id = self.client.conversations.create(items=seeds, timeout=run.patience).id  # type: ignore[arg-type]
+        with self.lane() as client:
+            raw = client.conversations.with_raw_response.create(extra_body={"items": seeds}, timeout=run.patience)
+        thread_id = str(parsed(raw).id)
         touched(self.db.one("save_thread", thread=thread_id, id=run.id, a=run.attempt))
         run.log.info("🧵 Thread ID: %s (created, %d messages told)", thread_id, len(seeds))
         return thread_id
@@ -235,17 +267,18 @@ class ThreadsAdapter:
         if assistant.max_output_tokens:
             body["max_output_tokens"] = assistant.max_output_tokens
         today = datetime.now(ZoneInfo(self.settings.zona_horaria))
-        raw = self.client.responses.with_raw_response.create(
-            model=assistant.model,
-            instructions=f"{assistant.instructions}\n\nHoy es {today:%Y-%m-%d}.",
-            conversation=run.thread_id,
-            background=True,
-            store=True,
-            metadata={"run": str(run.id)},
-            safety_identifier=hmac.new(self.safety_secret, run.user_phone.encode(), hashlib.sha256).hexdigest(),
-            extra_body=body,  # past the SDK's typed parameters, whose transformation costs twice the call
-            timeout=timeout,
-        )
+        with self.lane() as client:
+            raw = client.responses.with_raw_response.create(
+                model=assistant.model,
+                instructions=f"{assistant.instructions}\n\nHoy es {today:%Y-%m-%d}.",
+                conversation=run.thread_id,
+                background=True,
+                store=True,
+                metadata={"run": str(run.id)},
+                safety_identifier=hmac.new(self.safety_secret, run.user_phone.encode(), hashlib.sha256).hexdigest(),
+                extra_body=body,  # past the SDK's typed parameters, whose transformation costs twice the call
+                timeout=timeout,
+            )
         return parsed(raw)
 
     def tools_of(self, assistant: Assistant) -> dict[str, Tool]:
@@ -261,7 +294,9 @@ class ThreadsAdapter:
 
     def poll_run(self, run: Run) -> Response:
         """Return the run's response as it is now; never waits for the model."""
-        return parsed(self.client.responses.with_raw_response.retrieve(run.response_id or "", timeout=run.patience))
+        with self.lane() as client:
+            raw = client.responses.with_raw_response.retrieve(run.response_id or "", timeout=run.patience)
+        return parsed(raw)
 
     def cancel(self, response_id: str) -> Response | None:
         """Cancel a response (idempotent) and return what became of it, None where OpenAI does not say."""
@@ -369,8 +404,7 @@ class Journey:
         """Let what waits be done, and close the connections to the outside."""
         self.events.stop()
         self.whatsapp.close()
-        if "client" in vars(self.threads):
-            self.threads.client.close()
+        self.threads.close()
 
     def advance(self, run: Run) -> None:
         """Take a run as far as it goes without waiting; LeaseLost means that another worker has it."""
