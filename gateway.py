@@ -673,7 +673,6 @@ class Journey:
         longest = max(0.0, min(longest, run.seconds_left))
         begun = self.runs.renew(run, longest, "begin_calls", **facts)["known"] or {}
         run.check_lease(longest)
-        self.last_message(run)  # tools may ask for the turn
         jobs = [self.begin_call(run, call, tools.get(call.name), begun.get(call.call_id)) for call in calls]
         for job in jobs:
             if job is not None:
@@ -747,9 +746,7 @@ class Journey:
         step("written", run)
 
     def last_message(self, run: Run) -> Message:
-        """Return the last message of the turn, having read the turn where another claim took it."""
-        if not run.turn:
-            run.turn = self.db.all("turn", id=run.id)
+        """Return the last message of the turn."""
         return message_of(run.turn[-1])
 
     # sending: one part after the other

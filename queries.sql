@@ -17,7 +17,9 @@ UPDATE runs r SET held = true, attempt = r.attempt + 1, crashes = CASE WHEN c.he
     due_at = now() + :lease::float8 * interval '1 s'
 FROM c, users u WHERE r.id = c.id AND u.user_phone = r.user_phone
 RETURNING r.id, r.user_phone, r.state, r.attempt, r.wakes, r.crashes, r.assistant, r.thread_id, r.response_id, r.creating,
-    r.rounds, r.tries, u.profile_name, u.own_number, u.mode, u.language, extract(epoch FROM r.deadline - now())::float8 AS "left"
+    r.rounds, r.tries, u.profile_name, u.own_number, u.mode, u.language, extract(epoch FROM r.deadline - now())::float8 AS "left",
+    CASE WHEN r.state = 'waiting' THEN (SELECT jsonb_agg(x ORDER BY x.id) FROM (SELECT id, sid, user_phone, body, raw, reply, at
+        FROM messages m WHERE m.run_id = r.id AND m.direction = 'in') x) END AS turn
 
 -- name: next_due
 SELECT extract(epoch FROM min(due_at) - now())::float8 AS seconds FROM runs WHERE state <> 'done'

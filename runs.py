@@ -11,8 +11,10 @@ import select
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from database import Database, DatabaseDown, DatabaseFault, discard
@@ -66,12 +68,13 @@ class Run:
     left: float | None
     lease_until: float
     call_timeout: float
-    turn: list[dict[str, Any]] = field(default_factory=list)
+    turn: list[dict[str, Any]] = field(default_factory=list)  # its messages; of a claim, where a response is under way
     held: bool = True
     failure: str | None = None  # what OpenAI failed with just now, until it is written down
     ended: dict[str, Any] = field(default_factory=lambda: {"resp": None, "status": None, "i": None, "o": None})
 
     def __post_init__(self) -> None:
+        self.turn = [row | {"at": datetime.fromisoformat(row["at"])} for row in self.turn or ()]
         self.log = RunLog(log, {"run": self.id, "address": mask(self.user_phone)})
         self.doubt = self.state == "sending"  # a part may have been sent by a worker that is gone
         self.deadline = None if self.left is None else time.monotonic() + self.left
