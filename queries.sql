@@ -411,6 +411,16 @@ WITH gone AS (DELETE FROM responses WHERE id IN (SELECT id FROM responses WHERE 
     AND created_at < now() - :days::int * interval '1 day' ORDER BY created_at LIMIT :n) RETURNING 1)
 SELECT :after::bigint AS upto, count(*) AS old, count(*) AS gone FROM gone
 
+-- name: notify
+-- To the other processes: there are due runs, and everybody here is busy.
+SELECT pg_notify('hilo', :me)::text AS told
+
+-- name: connections_allowed
+-- How many connections this role may have at one time, in all processes.
+SELECT least(nullif(r.rolconnlimit, -1), nullif(d.datconnlimit, -1),
+    current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int) AS n
+FROM pg_roles r, pg_database d WHERE r.rolname = current_user AND d.datname = current_database()
+
 -- name: get
 SELECT value FROM hilo WHERE key = :key
 

@@ -226,6 +226,7 @@ class Workers:
         self.claimed: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.busy: dict[threading.Thread, tuple[float, Run]] = {}
         self.notify = threading.Event()
+        self.me = uuid.uuid4().hex  # of this process, in what it tells others
         self.listening: Any = None
         self.started = self.stopping = False
         self.trouble = ""  # why no runs can be claimed; "": they can
@@ -335,7 +336,7 @@ class Workers:
             self.notify.wait()
             self.notify.clear()
             with contextlib.suppress(DatabaseDown, DatabaseFault):
-                self.db.rows("NOTIFY hilo")
+                self.db.one("notify", me=self.me)
             time.sleep(0.02)
 
     def listen(self) -> None:
@@ -352,9 +353,11 @@ class Workers:
                         break
                     if ready.poll(1_000):
                         connection.run("")
+                        others = any(payload != self.me for _, _, payload in connection.notifications)
                         connection.notifications.clear()
-                        self.alarm.blind = True
-                        self.alarm.wake_in(0)
+                        if others:
+                            self.alarm.blind = True
+                            self.alarm.wake_in(0)
             except Exception as error:
                 log.debug("listen: %s", type(error).__name__)
             finally:
