@@ -1027,9 +1027,10 @@ class Gateway:
             raise BadRequest(403, "the X-Twilio-Signature header is missing")
         form = read_form(request)
         algorithm = get_signature_algorithm(request.environ.get("HTTP_X_TWILIO_WEBHOOKS_SIGNATURE_SETTINGS"))
-        url = self.settings.origin + request.environ["REQUEST_URI"]
+        url, validator = self.settings.origin + request.environ["REQUEST_URI"], RequestValidator(secret)
         try:
-            valid = RequestValidator(secret).validate(url, form, signature, algorithm)
+            valid = hmac.compare_digest(validator.compute_signature(url, form, algorithm), signature)
+            valid = valid or validator.validate(url, form, signature, algorithm)  # with the port, or without
         except (ValueError, TypeError):
             valid = False
         if not valid:
