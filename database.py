@@ -274,12 +274,13 @@ class Database:
         finally:
             self.for_guests.release()
 
-    def hurried(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
-        """Return the rows of the statement of that name in queries.sql within HURRY seconds, for somebody outside who
-        waits. A database that just failed to answer is not asked: others would wait behind who asks."""
+    def hurried(self, name: str, /, end: float | None = None, **params: Any) -> list[dict[str, Any]]:
+        """Return the rows of the statement of that name in queries.sql by `end` (monotonic; default: in HURRY seconds),
+        for somebody outside who waits. A database that just failed to answer is not asked: others would wait behind who
+        asks."""
         if time.monotonic() < self.hung_until:
             raise DatabaseDown("does not answer")
-        end = time.monotonic() + self.HURRY
+        end = end or time.monotonic() + self.HURRY
         try:
             return self.rows(QUERIES[name], params, end)
         except DatabaseDown as error:

@@ -41,6 +41,7 @@ from twilio.request_validator import RequestValidator, get_signature_algorithm
 from database import Database, DatabaseDown, DatabaseFault, migrate
 from handoff import advisors, remedies, remedy
 from health import Health
+from inbox import BadRequest, Inbox, inbound
 from pace import Breaker, Crowded, Pacer
 from runs import Alarm, LeaseLost, Run, Runs, Workers, touched
 from server import BODY_LIMIT, Server
@@ -78,56 +79,6 @@ DRAIN = 25.0  # seconds that SIGTERM leaves to the steps in hand
 UNREAD = "Tu respuesta anterior se envió antes de que leyeras lo que sigue; el usuario escribió esto sin haberla visto."
 
 log = logging.getLogger("hilo")
-
-
-# --- Inbox: one commit for each message -------------------------------------------------------------------
-
-OPT_OUT = frozenset(
-    ("baja", "stop", "cancelar suscripcion", "cancelar suscripción", "darme de baja", "unsubscribe", "sair")
-)
-OPT_IN = frozenset({"alta", "start", "unstop"})
-
-
-class BadRequest(Exception):
-    """A webhook that cannot be taken: its HTTP status and one line that says why."""
-
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-
-
-def store_inbound(
-    db: Database, form: Mapping[str, str], burst: float, at: datetime | None = None
-) -> dict[str, Any] | None:
-    """Store one message of Twilio's form and make or refresh its user's run; None where its sid is known."""
-    form = clean(form)
-    missing = [key for key in ("MessageSid", "From", "To") if not form.get(key)]
-    if missing:
-        raise BadRequest(400, f"the form lacks {', '.join(missing)}")
-    sender, text = form["From"], form.get("Body", "")
-    stored = db.hurried(
-        "receive",
-        sid=form["MessageSid"], sender=sender, own=form["To"], profile=form.get("ProfileName", "")[:200], body=text,
-        external=form.get("ExternalUserId") or None, raw=json.dumps(form), opt=opt_word(text), at=at and at.isoformat(),
-        burst=burst_of(text, form, burst), language=idioma_de(text, "", seguro=True) or None,
-        guess=idioma_de(text, "") or None,
-    )  # fmt: skip
-    return stored[0] if stored else None
-
-
-def opt_word(text: str) -> str | None:
-    """Return "out" for a message that is an opt-out word and nothing more, "in" for the word to return."""
-    word = " ".join(re.sub(r"[^\w\s]", "", text).lower().split())
-    return "out" if word in OPT_OUT else "in" if word in OPT_IN else None
-
-
-def burst_of(text: str, form: Mapping[str, str], burst: float) -> float:
-    """Return how long to wait for more, in seconds: less where the message looks complete."""
-    if opt_word(text) or text.startswith("/") or form.get("ButtonPayload"):
-        return 0.0
-    spoken = form.get("MediaContentType0", "").startswith("audio/")  # who sends a voice note has said it
-    complete = text.rstrip().endswith(("?", ".", "!")) or len(text) > 80 or spoken
-    return burst / 3 if complete else burst
 
 
 # --- Threads and responses: the OpenAI side ---------------------------------------------------------------
@@ -963,7 +914,8 @@ class Gateway:
 
     def __init__(self, settings: Settings, database_url: str):
         self.settings = settings
-        self.db = Database(database_url, settings.db_connections, settings.zona_horaria)
+        self.db = Database(database_url, settings.first_connections, settings.zona_horaria)
+        self.inbox = Inbox(self.db)
         self.plugins = Plugins()
         self.alarm = Alarm()
         self.workers = Workers(settings, self.db, self.alarm)
@@ -990,7 +942,7 @@ class Gateway:
 
     def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:
         """Store an inbound message and wake its run; False where it was known."""
-        run = store_inbound(self.db, form, self.settings.burst_seconds, at)
+        run = self.inbox.store(inbound(form, self.settings.burst_seconds, at))
         if run:
             log.debug("%s · stored", mask(form["From"]))
         if run and not run["held"]:

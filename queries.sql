@@ -5,9 +5,7 @@
 -- on the row as it is once locked; in a WHERE beside a join they would be judged on an old snapshot.
 
 -- name: receive
-SELECT * FROM receive_message(:sid, :sender, :own, :external, :profile, :body, :raw::jsonb, :opt, :burst::float8,
-    coalesce(:at::timestamptz, now()),
-    coalesce(:language, (SELECT language FROM users WHERE user_phone = :sender), :guess)) -- what is known comes before a guess
+SELECT * FROM receive_messages(:messages::jsonb, :patience)
 
 -- name: claim
 WITH c AS MATERIALIZED (

@@ -1,4 +1,4 @@
--- version: 4
+-- version: 5
 --
 -- Hilo's tables. Safe to run again at every release, also by hand: psql "$DATABASE_URL" -f schema.sql
 -- Raise the number above and at the end with every change, or processes that are running will not apply it; once a
@@ -289,11 +289,14 @@ END $$;
 -- Of several first messages of one person at a time, whatever address each comes from, one makes the row.
 CREATE OR REPLACE FUNCTION whose_message(p_from text, p_external text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
-    who text := (SELECT user_phone FROM users WHERE external_user_id = p_external);
+    who text;
 BEGIN
-    IF who IS NULL AND p_external IS NOT NULL THEN
-        PERFORM pg_advisory_xact_lock(hashtextextended('hilo.users ' || p_external, 0));
+    IF p_external IS NOT NULL THEN
         who := (SELECT user_phone FROM users WHERE external_user_id = p_external);
+        IF who IS NULL THEN
+            PERFORM pg_advisory_xact_lock(hashtextextended('hilo.users ' || p_external, 0));
+            who := (SELECT user_phone FROM users WHERE external_user_id = p_external);
+        END IF;
     END IF;
     RETURN coalesce(who, (SELECT user_phone FROM addresses WHERE address = p_from), p_from);
 END $$;
@@ -311,6 +314,7 @@ DECLARE
     handle text := CASE WHEN p_from NOT LIKE 'whatsapp:+%' THEN split_part(p_from, ':', 2) END;
     who text;
     was text;
+    external text;
     message_id bigint;
 BEGIN
     IF EXISTS (SELECT 1 FROM messages WHERE sid = p_sid) THEN
@@ -323,11 +327,12 @@ BEGIN
             reply_to = excluded.reply_to, own_number = excluded.own_number, last_in_at = greatest(u.last_in_at, p_at),
             profile_name = coalesce(nullif(excluded.profile_name, ''), u.profile_name),
             language = coalesce(excluded.language, u.language)
-        RETURNING u.mode INTO was;
+        RETURNING u.mode, u.external_user_id INTO was, external;
     -- By itself, and only where it changes: setting a unique column locks the row against the foreign key of the next
     -- run that `finish` makes, which holds the run that is wanted here.
-    UPDATE users SET external_user_id = coalesce(p_external, external_user_id, handle)
-        WHERE user_phone = who AND external_user_id IS DISTINCT FROM coalesce(p_external, external_user_id, handle);
+    IF external IS DISTINCT FROM coalesce(p_external, external, handle) THEN
+        UPDATE users SET external_user_id = coalesce(p_external, external, handle) WHERE user_phone = who;
+    END IF;
     IF who <> p_from THEN
         IF NOT EXISTS (SELECT 1 FROM addresses WHERE address = p_from AND user_phone = who) THEN
             INSERT INTO addresses VALUES (p_from, who) ON CONFLICT (address) DO UPDATE SET user_phone = excluded.user_phone;
@@ -365,6 +370,22 @@ BEGIN
             due_at = CASE WHEN r.held OR r.state <> 'queued' OR r.tries > 0 THEN r.due_at
                 ELSE least(excluded.due_at, r.created_at + 5 * greatest(p_burst, 0.2) * interval '1 s') END
         RETURNING r.id, r.held, extract(epoch FROM r.due_at - now())::float8;
+END $$;
+
+-- Store several messages, in their order; a row for each that is new, with its place. What is known of a user's language
+-- comes before a guess. A lock is waited for no longer than `p_patience`.
+CREATE OR REPLACE FUNCTION receive_messages(p_messages jsonb, p_patience text)
+RETURNS TABLE (place bigint, id bigint, held boolean, seconds double precision) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    PERFORM set_config('lock_timeout', p_patience, true);
+    RETURN QUERY SELECT m.place, r.id, r.held, r.seconds
+        FROM ROWS FROM (jsonb_to_recordset(p_messages) AS (sid text, sender text, own text, external text, profile text,
+            body text, raw jsonb, opt text, burst double precision, at timestamptz, language text, guess text))
+            WITH ORDINALITY m (sid, sender, own, external, profile, body, raw, opt, burst, at, language, guess, place),
+        LATERAL receive_message(m.sid, m.sender, m.own, m.external, m.profile, m.body, m.raw, m.opt, m.burst,
+            coalesce(m.at, now()),
+            coalesce(m.language, (SELECT language FROM users WHERE user_phone = m.sender), m.guess)) r;
 END $$;
 
 -- Whether a part may leave: not to a user who opted out, nor past an advisor, but for the run that caused it. VOLATILE,
@@ -582,5 +603,5 @@ END $$;
 UPDATE cursos SET codigo = codigo;
 -- Fin del catálogo
 
-INSERT INTO hilo VALUES ('schema_version', '4') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+INSERT INTO hilo VALUES ('schema_version', '5') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
 COMMIT;

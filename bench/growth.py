@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.stage import database
 from database import Database
+from inbox import inbound
 
 ROUNDS = 200
 FILL = """
@@ -46,11 +47,9 @@ def median(call: Callable[[int], Any]) -> float:
 
 def figures(db: Database, tag: str) -> dict[str, float]:
     """Return the median milliseconds of each step."""
-    raw = json.dumps({"NumMedia": "0"})
-
     def receive(n: int) -> None:
-        db.one("receive", sid=f"SM{tag}{n}", sender=f"whatsapp:+9{tag}{n}", own="whatsapp:+1", profile="", body="hola",
-               external=None, raw=raw, language=None, guess=None, opt=None, burst=0.0, at=None)  # fmt: skip
+        form = {"MessageSid": f"SM{tag}{n}", "From": f"whatsapp:+9{tag}{n}", "To": "whatsapp:+1", "Body": "hola"}
+        db.one("receive", messages=json.dumps([inbound(form, 0)]), patience="0")
 
     costs = {"receive": median(receive)}
     claimed: list[dict[str, Any]] = []

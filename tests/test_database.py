@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import ssl
@@ -240,9 +241,11 @@ def test_every_statement_is_one_that_the_schema_knows(db: Database) -> None:
 
 def received(db: Database, sid: str = "SM1", **more: Any) -> Any:
     """What the receiving statement returns for one message."""
-    given = {"sid": sid, "sender": ANA, "own": "whatsapp:+1", "external": None, "profile": "", "body": "hola",
-             "raw": "{}", "opt": None, "burst": 0.0, "at": None, "language": None, "guess": None}  # fmt: skip
-    return db.one("receive", **{**given, **more})
+    given: dict[str, Any] = {
+        "sid": sid, "sender": ANA, "own": "whatsapp:+1", "external": None, "profile": "", "body": "hola",
+        "raw": {}, "opt": None, "burst": 0.0, "at": None, "language": None, "guess": None,
+    }  # fmt: skip
+    return db.one("receive", messages=json.dumps([{**given, **more}]), patience="0")
 
 
 def test_run_is_claimed_by_one_worker_only(db: Database) -> None:

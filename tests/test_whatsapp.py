@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import opt_word
+from inbox import opt_word
 from settings import load_settings
 from simulator import Simulator
 from tests.conftest import ANA, Hilo, wait_for

@@ -1,0 +1,132 @@
+"""A message's first step: it is stored, and makes or refreshes its user's run. Those that arrive while a commit is
+under way share the next one."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from database import Database, DatabaseDown, DatabaseFault
+from tools import clean
+from tools._textos import idioma_de
+
+MOST = 50  # messages of one commit
+PATIENCE = "200ms"  # for which many wait for a row that one of them needs
+
+OPT_OUT = frozenset(
+    ("baja", "stop", "cancelar suscripcion", "cancelar suscripción", "darme de baja", "unsubscribe", "sair")
+)
+OPT_IN = frozenset({"alta", "start", "unstop"})
+
+
+class BadRequest(Exception):
+    """A webhook that cannot be taken: its HTTP status and one line that says why."""
+
+    def __init__(self, status: int, why: str):
+        super().__init__(why)
+        self.status = status
+
+
+def inbound(form: Mapping[str, str], burst: float, at: datetime | None = None) -> dict[str, Any]:
+    """Return what is stored of Twilio's form of a message; raises BadRequest where it is none."""
+    form = clean(form)
+    missing = [key for key in ("MessageSid", "From", "To") if not form.get(key)]
+    if missing:
+        raise BadRequest(400, f"the form lacks {', '.join(missing)}")
+    text = form.get("Body", "")
+    guess = idioma_de(text, "")
+    return {
+        "sid": form["MessageSid"], "sender": form["From"], "own": form["To"],
+        "profile": form.get("ProfileName", "")[:200], "body": text, "external": form.get("ExternalUserId") or None,
+        "raw": form, "opt": opt_word(text), "at": at and at.isoformat(), "burst": burst_of(text, form, burst),
+        "language": (guess and idioma_de(text, "", seguro=True)) or None, "guess": guess or None,
+    }  # fmt: skip
+
+
+def opt_word(text: str) -> str | None:
+    """Return "out" for a message that is an opt-out word and nothing more, "in" for the word to return."""
+    word = " ".join(re.sub(r"[^\w\s]", "", text).lower().split())
+    return "out" if word in OPT_OUT else "in" if word in OPT_IN else None
+
+
+def burst_of(text: str, form: Mapping[str, str], burst: float) -> float:
+    """Return how long to wait for more, in seconds: less where the message looks complete."""
+    if opt_word(text) or text.startswith("/") or form.get("ButtonPayload"):
+        return 0.0
+    spoken = form.get("MediaContentType0", "").startswith("audio/")  # who sends a voice note has said it
+    complete = text.rstrip().endswith(("?", ".", "!")) or len(text) > 80 or spoken
+    return burst / 3 if complete else burst
+
+
+@dataclass(eq=False)
+class Entry:
+    """A message on its way into the database."""
+
+    message: dict[str, Any]
+    settled: bool = False
+    run: dict[str, Any] | None = None
+    alone: bool = False  # those it was with could not be stored together
+    down: DatabaseDown | None = None
+
+
+class Inbox:
+    """Stores messages, each thread its own or, in turn, all that wait."""
+
+    def __init__(self, db: Database):
+        self.db = db
+        self.waiting: deque[Entry] = deque()
+        self.turn = threading.Lock()
+
+    def store(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Commit a message; return its run, None where its sid is known. Raises DatabaseDown, then it may be stored or
+        not, or DatabaseFault."""
+        entry, end = Entry(message), time.monotonic() + self.db.HURRY
+        self.waiting.append(entry)
+        if not self.turn.acquire(timeout=self.db.HURRY):
+            entry.settled = True
+            raise DatabaseDown("does not answer")
+        try:
+            while not entry.settled:
+                self.commit([entry for entry in self.taken() if not entry.settled], end)
+        finally:
+            self.turn.release()
+        if entry.alone:
+            return self.stored([entry], end)[0]
+        if entry.down:
+            raise DatabaseDown(str(entry.down))
+        return entry.run
+
+    def taken(self) -> list[Entry]:
+        """Take what waits, up to MOST."""
+        return [self.waiting.popleft() for _ in range(min(MOST, len(self.waiting)))]
+
+    def commit(self, entries: list[Entry], end: float) -> None:
+        """Store messages in one transaction, by `end` (monotonic). Where one of them cannot be, or needs a row that is
+        locked, each is left to its own thread."""
+        entries.sort(key=lambda entry: str(entry.message["sender"]))  # lest two processes wait for each other
+        try:
+            for entry, run in zip(entries, self.stored(entries, end), strict=True):
+                entry.run = run
+        except DatabaseDown as error:
+            for entry in entries:
+                entry.down = error
+        except DatabaseFault:
+            for entry in entries:
+                entry.alone = True
+        finally:
+            for entry in entries:
+                entry.settled = True
+
+    def stored(self, entries: list[Entry], end: float) -> list[dict[str, Any] | None]:
+        """Return the runs of messages that are stored in one statement."""
+        messages = json.dumps([entry.message for entry in entries])
+        rows = self.db.hurried("receive", end, messages=messages, patience=PATIENCE if entries[1:] else "0")
+        runs = {row["place"]: row for row in rows}
+        return [runs.get(place) for place in range(1, len(entries) + 1)]

@@ -1,0 +1,104 @@
+"""Messages that arrive at the same moment: one commit for all, and none suffers from another."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pg8000.native
+import pytest
+
+from database import Database, DatabaseDown, DatabaseFault, connection_options
+from inbox import Inbox, inbound
+from tests.conftest import ANA, free_port, wait_for
+
+OTHERS = [f"whatsapp:+52155{n:08}" for n in range(6)]
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Database]:
+    with contextlib.closing(Database(database_url, 8)) as database:
+        yield database
+
+
+def message(sender: str, sid: str, text: str = "hola") -> dict[str, Any]:
+    """What is stored of a message."""
+    return inbound({"MessageSid": sid, "From": sender, "To": "whatsapp:+14155238886", "Body": text}, 0)
+
+
+def at_once(inbox: Inbox, messages: list[dict[str, Any]]) -> list[Future[Any]]:
+    """Store messages that all wait for the same commit, in this order; returns when each has its outcome."""
+    with ThreadPoolExecutor(len(messages)) as pool:
+        with inbox.turn:  # as if one were under way
+            stored = []
+            for each in messages:
+                stored.append(pool.submit(inbox.store, each))
+                wait_for(lambda: len(inbox.waiting) == len(stored))
+    return stored
+
+
+def test_messages_that_wait_for_a_commit_share_the_next_one(db: Database) -> None:
+    stored = at_once(Inbox(db), [message(user, f"SM{n}") for n, user in enumerate(OTHERS)])
+    rows = db.rows("SELECT sid, user_phone, xmin::text AS transaction FROM messages ORDER BY sid")
+    assert [(row["sid"], row["user_phone"]) for row in rows] == [(f"SM{n}", user) for n, user in enumerate(OTHERS)]
+    assert len({row["transaction"] for row in rows}) == 1
+    runs = {row["id"]: row["user_phone"] for row in db.rows("SELECT id, user_phone FROM runs")}
+    assert [runs[future.result()["id"]] for future in stored] == OTHERS  # each was told of its own
+
+
+def test_one_users_messages_keep_their_order_and_make_one_run(db: Database) -> None:
+    texts = [f"mensaje {n}" for n in range(8)]
+    stored = at_once(Inbox(db), [message(ANA, f"SM{n}", text) for n, text in enumerate(texts)])
+    assert [row["body"] for row in db.rows("SELECT body FROM messages ORDER BY id")] == texts
+    assert db.rows("SELECT pending FROM runs") == [{"pending": 8}]
+    assert len({future.result()["id"] for future in stored}) == 1
+
+
+def test_message_that_came_twice_at_once_is_one_row(db: Database) -> None:
+    stored = at_once(Inbox(db), [message(ANA, "SM1"), message(OTHERS[0], "SM2"), message(ANA, "SM1")])
+    assert sorted(future.result() is None for future in stored) == [False, False, True]
+    assert len(db.rows("SELECT FROM messages")) == 2
+
+
+def test_message_that_the_database_refuses_costs_no_other_its_place(db: Database) -> None:
+    bad = message(ANA, "SM9") | {"at": "ayer"}
+    stored = at_once(Inbox(db), [bad, *(message(user, f"SM{n}") for n, user in enumerate(OTHERS))])
+    with pytest.raises(DatabaseFault, match="22007"):
+        stored[0].result()
+    assert all(future.result() for future in stored[1:])
+    assert len(db.rows("SELECT FROM messages")) == len(OTHERS)
+
+
+def test_row_that_somebody_holds_keeps_only_its_own_user_waiting(db: Database, database_url: str) -> None:
+    inbox = Inbox(db)
+    inbox.store(message(ANA, "SM0"))
+    with pg8000.native.Connection(**connection_options(database_url)) as holder, ThreadPoolExecutor(1) as pool:
+        holder.run("BEGIN")
+        holder.run("SELECT FROM users WHERE user_phone = :u FOR UPDATE", u=ANA)
+        both = pool.submit(at_once, inbox, [message(ANA, "SM1"), message(OTHERS[0], "SM2")])
+        wait_for(lambda: db.rows("SELECT FROM messages WHERE sid = 'SM2'"))
+        assert not both.done()
+        inbox.store(message(OTHERS[1], "SM3"))  # nor does who comes next wait for it
+        holder.run("ROLLBACK")
+        assert all(future.result() for future in both.result())
+    assert len(db.rows("SELECT FROM messages")) == 4
+
+
+def test_database_away_is_told_to_each() -> None:
+    inbox = Inbox(Database(f"postgresql://u@127.0.0.1:{free_port()}/d"))
+    for future in at_once(inbox, [message(user, f"SM{n}") for n, user in enumerate(OTHERS)]):
+        with pytest.raises(DatabaseDown):
+            future.result()
+
+
+def test_commit_that_hangs_holds_nobody_longer_than_a_webhook_may_take(db: Database) -> None:
+    db.HURRY = 0.5
+    inbox = Inbox(db)
+    with inbox.turn, ThreadPoolExecutor(1) as pool:
+        late = pool.submit(inbox.store, message(ANA, "SM1"))
+        with pytest.raises(DatabaseDown, match="does not answer"):
+            late.result(5)
+    inbox.store(message(OTHERS[0], "SM2"))
+    assert db.rows("SELECT sid FROM messages") == [{"sid": "SM2"}]  # who was told of an outage writes no row later
