@@ -8,7 +8,7 @@ import select
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -19,6 +19,7 @@ from settings import ConfigurationError
 
 HERE = Path(__file__).parent
 SCHEMA = HERE / "schema.sql"
+PROCESSES = 6  # that share the server's connections: two webs, a worker, and their successors at a release
 CONNECT_TIMEOUT = 10.0  # seconds, to connect and to wait for a free connection
 PATIENCE = 30.0  # seconds that a connection may be silent for, which a statement_timeout does not bound
 HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a database that did not answer
@@ -132,7 +133,7 @@ class Database:
     # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
     LOST = ("57P01", "57P02", "57P03", "08000", "08003", "08006", "0A000")
 
-    def __init__(self, url: str, connections: int = 4, time_zone: str | None = None):
+    def __init__(self, url: str, connections: int = 2, time_zone: str | None = None):
         self.options = connection_options(url)
         if time_zone:  # where current_date is the users' own day
             self.options["startup_params"] |= {"TimeZone": time_zone}
@@ -140,10 +141,23 @@ class Database:
         self.closed = False
         self.returned = threading.Condition()
         self.idle: list[Connection] = []  # the last to come back goes first
-        self.room = connections  # how many more may be opened
+        self.size = self.room = connections  # how many may be open, and how many more
         self.full_until = 0.0  # monotonic: the server allowed no more just now
         self.hung_until = 0.0  # monotonic: the server did not answer just now
+        self.pressed = 0  # who waits for a connection and is in a hurry: they go first
+        self.give_way: Callable[[], None] = lambda: None  # called by whoever is not; told by the web server
         self.for_guests = threading.Semaphore(max(1, connections - 1))
+
+    def widen(self, connections: int) -> None:
+        """Allow more connections, up to so many, where the server allows this role as many for PROCESSES such pools;
+        raises DatabaseDown or DatabaseFault."""
+        allowed = self.rows(QUERIES["connections_allowed"])[0]["n"]
+        more = min(connections, allowed // PROCESSES - 1) - self.size  # one listens
+        if more > 0:
+            self.for_guests.release(more)
+            with self.returned:
+                self.size, self.room = self.size + more, self.room + more
+                self.returned.notify_all()
 
     def connect(self, seconds: float = CONNECT_TIMEOUT) -> Connection:
         """Return a new connection; raises DatabaseDown where there is none in so many seconds."""
@@ -156,11 +170,11 @@ class Database:
         connection.statements = {}
         return connection
 
-    def take(self, end: float) -> Connection:
+    def take(self, end: float, hurry: bool = False) -> Connection:
         """Return a live connection, idle or new. Where the server allows no more, one of our own comes back, or
         somebody else's goes, before `end` (monotonic); raises DatabaseDown."""
         while True:
-            connection = self.idle_or_leave(end)
+            connection = self.idle_or_leave(end, hurry)
             if connection is not None and not hung_up(connection):
                 return connection
             discard(connection)
@@ -175,21 +189,28 @@ class Database:
                 if not full or time.monotonic() + FULL_PAUSE > end:
                     raise
 
-    def idle_or_leave(self, end: float) -> Connection | None:
+    def idle_or_leave(self, end: float, hurry: bool) -> Connection | None:
         """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
         with self.returned:
-            while not self.closed:
-                now = time.monotonic()
-                if self.idle:
-                    return self.idle.pop()
-                if self.room and now >= self.full_until:
-                    self.room -= 1
-                    if self.full_until:  # one tries, the others wait
-                        self.full_until = now + FULL_PAUSE
-                    return None
-                if now >= end:
-                    raise AllInUse("all connections are in use")
-                self.returned.wait(min(end, self.full_until if self.room else end) - now)
+            self.pressed += hurry
+            try:
+                while not self.closed:
+                    now = time.monotonic()
+                    if hurry or not self.pressed:
+                        if self.idle:
+                            return self.idle.pop()
+                        if self.room and now >= self.full_until:
+                            self.room -= 1
+                            if self.full_until:  # one tries, the others wait
+                                self.full_until = now + FULL_PAUSE
+                            return None
+                    if now >= end:
+                        raise AllInUse("all connections are in use")
+                    self.returned.wait(min(end, self.full_until if self.room and now < self.full_until else end) - now)
+            finally:
+                self.pressed -= hurry
+                if hurry and not self.pressed:
+                    self.returned.notify_all()
         raise DatabaseDown("closed")
 
     def give_back(self, connection: Connection | None) -> None:
@@ -200,7 +221,7 @@ class Database:
             else:
                 discard(connection)
                 self.room += 1
-            self.returned.notify()
+            self.returned.notify_all() if self.pressed else self.returned.notify()
 
     @property
     def full(self) -> bool:
@@ -210,7 +231,7 @@ class Database:
     @contextlib.contextmanager
     def connection(self, end: float | None = None) -> Iterator[Connection]:
         """Lend a live connection; one that failed is thrown away, never handed out again."""
-        lent = self.take(end or time.monotonic() + CONNECT_TIMEOUT)
+        lent = self.take(end or time.monotonic() + CONNECT_TIMEOUT, end is not None)
         connection: Connection | None = lent
         try:
             yield lent
@@ -290,10 +311,12 @@ class Database:
 
     def all(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of the statement of that name in queries.sql."""
+        self.give_way()
         return self.rows(QUERIES[name], params)
 
     def one(self, name: str, /, **params: Any) -> dict[str, Any] | None:
         """Return the first row of the statement of that name, None where there is none."""
+        self.give_way()
         return next(iter(self.rows(QUERIES[name], params)), None)
 
     def close(self) -> None:

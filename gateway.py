@@ -730,6 +730,7 @@ class Journey:
     def send(self, run: Run, part: Mapping[str, Any]) -> bool:
         """Hand one part to Twilio; False where there is no more to send, or the run was put down to try again."""
         step("sending", run)
+        self.db.give_way()
         run.check_lease(self.settings.call_timeout)
         try:
             if part["late"] and not part["content_sid"]:

@@ -80,7 +80,7 @@ class Settings(pydantic.BaseModel):
     burst_seconds: float = setting("seconds from 0 to 60", 1.5, ge=0, le=60)
     worker_threads: int = setting("a whole number from 0 (web only) to 256", 16, ge=0, le=256)
     web_threads: int = setting("a whole number from 1 to 256", 8, ge=1, le=256)
-    db_connections: int = setting("a whole number from 1 to 100", 2, ge=1, le=100)
+    db_connections: int = setting("a whole number from 1 to 100", 4, ge=1, le=100)
     retention_days: int = setting("a whole number of days from 1 on, or 0 to keep all for ever", 365, ge=0, le=36500)
     lease_seconds: float = setting("seconds from 0.5 to 600", 10.0, ge=0.5, le=600)
     admin_token: pydantic.SecretStr | None = setting(f"a secret that opens the operators' pages, {PRINTABLE}")
@@ -113,6 +113,11 @@ class Settings(pydantic.BaseModel):
         """The key that Twilio's webhooks are signed with."""
         secret = self.twilio_webhook_secret or self.twilio_auth_token
         return secret.get_secret_value() if secret else None
+
+    @property
+    def first_connections(self) -> int:
+        """The connections of a process that does not know yet how many the server allows."""
+        return self.db_connections if "db_connections" in self.model_fields_set else 2
 
     @property
     def call_timeout(self) -> float:

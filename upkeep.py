@@ -38,7 +38,7 @@ class Upkeep:
         self.gateway = gateway
         self.stopping = threading.Event()
         self.every = EVERY
-        self.chores: list[Callable[[], None]] = [self.catch_up, self.hand_back, self.prune]
+        self.chores: list[Callable[[], None]] = [self.widen, self.catch_up, self.hand_back, self.prune]
         self.threads = [
             threading.Thread(target=self.work, args=(jobs,), name="upkeep", daemon=True)
             for jobs in (self.chores, [self.delete_discarded])
@@ -75,6 +75,12 @@ class Upkeep:
         """Take note that messages could not be stored just now: they are fetched as soon as they have settled."""
         self.last_outage = time.monotonic()
         self.next_catch_up = min(self.next_catch_up, self.last_outage + SETTLED + TICK)
+
+    def widen(self) -> None:
+        """Once, allow as many connections as the settings say and the server has for us."""
+        if "db_connections" not in self.gateway.settings.model_fields_set:
+            self.gateway.db.widen(self.gateway.settings.db_connections)
+        self.chores.remove(self.widen)
 
     def catch_up(self) -> None:
         """Store inbound messages that Twilio has and Hilo lacks, each by the door that webhooks use."""

@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -480,7 +480,10 @@ def test_connection_that_only_listens_gives_way_to_work(
             listener.join(10)
 
 
-def test_slow_statements_of_plugins_leave_the_gateway_a_connection(hilo: Hilo, twilio: Simulator) -> None:
+def test_slow_statements_of_plugins_leave_the_gateway_a_connection(
+    start: Callable[..., Hilo], twilio: Simulator
+) -> None:
+    hilo = start(DB_CONNECTIONS="2")
     asked = threading.Barrier(3)
 
     def incoming_message(message: Any, context: Any) -> None:

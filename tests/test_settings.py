@@ -39,7 +39,7 @@ def test_without_any_variable_the_defaults_hold() -> None:
         1.5,
         10,
     )
-    assert (settings.worker_threads, settings.web_threads, settings.db_connections) == (16, 8, 2)
+    assert (settings.worker_threads, settings.web_threads, settings.db_connections) == (16, 8, 4)
     assert settings.threads_integration_enabled is True
     absent = ["database_url", "public_url", "twilio_account_sid", "twilio_auth_token", "twilio_from", "twilio_api_url",
               "openai_api_key", "openai_base_url", "openai_webhook_secret", "assistant_id", "admin_token"]  # fmt: skip
