@@ -8,7 +8,7 @@ import select
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -26,6 +26,7 @@ HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a datab
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
 # A plan lives as long as its connection: none that suits an empty table may read the whole of it once it has grown.
 SESSION = {"statement_timeout": "15000", "enable_seqscan": "off", "jit": "off"}
+GIVE_WAY = 0.03  # seconds
 STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
@@ -145,8 +146,24 @@ class Database:
         self.full_until = 0.0  # monotonic: the server allowed no more just now
         self.hung_until = 0.0  # monotonic: the server did not answer just now
         self.pressed = 0  # who waits for a connection and is in a hurry: they go first
-        self.give_way: Callable[[], None] = lambda: None  # called by whoever is not; told by the web server
+        self.arriving: set[object] = set()  # messages that are not stored yet
         self.for_guests = threading.Semaphore(max(1, connections - 1))
+
+    @contextlib.contextmanager
+    def arrival(self) -> Iterator[None]:
+        """While this is open, whoever is in no hurry gives way."""
+        message = object()
+        self.arriving.add(message)
+        try:
+            yield
+        finally:
+            self.arriving.discard(message)
+
+    def give_way(self) -> None:
+        """Let messages that arrive go first, for GIVE_WAY seconds: with many threads at work each of them is slow."""
+        end = time.monotonic() + GIVE_WAY
+        while self.arriving and time.monotonic() < end:
+            time.sleep(0.002)
 
     def widen(self, connections: int) -> None:
         """Allow more connections, up to so many, where the server allows this role as many for PROCESSES such pools;

@@ -994,8 +994,10 @@ class Gateway:
         """Take an inbound message: one commit, then 200 with no reply. It is answered over the REST API."""
         form: dict[str, str] = {}
         try:
-            form = self.signed_form(bottle.request)
-            if not self.receive(form):
+            with self.db.arrival():
+                form = self.signed_form(bottle.request)
+                new = self.receive(form)
+            if not new:
                 log.info("%s received again: nothing to do", form["MessageSid"])
         except BadRequest as refusal:
             log.warning("⚠️ webhook refused (%d): %s", refusal.status, refusal)

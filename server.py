@@ -13,7 +13,6 @@ from settings import ConfigurationError
 if TYPE_CHECKING:
     from gateway import Gateway
 
-LONGEST = 0.03  # seconds that a worker's statement waits for requests in hand
 BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
 
 
@@ -32,19 +31,12 @@ class Server:
             raise ConfigurationError(f"PORT={port} cannot be used: {error.strerror}") from None
         self.port = self.server.effective_port
         self.ended = False
-        gateway.db.give_way = self.give_way
         self.thread = threading.Thread(target=self.run, name="web", daemon=True)
 
     def run(self) -> None:
         """Answer requests until the end."""
         while not self.ended:
             self.server.asyncore.loop(timeout=1, map=self.server._map, use_poll=True, count=1)
-
-    def give_way(self) -> None:
-        """Let the requests in hand go first, for LONGEST seconds: threads that all want to run are slow to answer."""
-        dispatcher, end = self.server.task_dispatcher, time.monotonic() + LONGEST
-        while (dispatcher.active_count or dispatcher.queue) and time.monotonic() < end:
-            time.sleep(0.002)
 
     def drain(self, seconds: float = 5.0) -> None:
         """Stop listening, and return when the requests in hand are answered."""
