@@ -26,7 +26,7 @@ HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a datab
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
 # A plan lives as long as its connection: none that suits an empty table may read the whole of it once it has grown.
 SESSION = {"statement_timeout": "15000", "enable_seqscan": "off", "jit": "off"}
-GIVE_WAY = 0.03  # seconds
+GIVE_WAY = 0.1  # seconds
 STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
