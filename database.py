@@ -26,7 +26,8 @@ HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a datab
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
 # A plan lives as long as its connection: none that suits an empty table may read the whole of it once it has grown.
 SESSION = {"statement_timeout": "15000", "enable_seqscan": "off", "jit": "off"}
-GIVE_WAY = 0.1  # seconds
+GIVE_WAY = 0.1  # seconds that a statement waits for messages that arrive
+FAIR = 1.0  # seconds for which others in a hurry get a connection first
 STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
@@ -208,12 +209,13 @@ class Database:
 
     def idle_or_leave(self, end: float, hurry: bool) -> Connection | None:
         """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
+        fair = time.monotonic() + FAIR
         with self.returned:
             self.pressed += hurry
             try:
                 while not self.closed:
                     now = time.monotonic()
-                    if hurry or not self.pressed:
+                    if hurry or not self.pressed or now >= fair:
                         if self.idle:
                             return self.idle.pop()
                         if self.room and now >= self.full_until:
@@ -223,7 +225,9 @@ class Database:
                             return None
                     if now >= end:
                         raise AllInUse("all connections are in use")
-                    self.returned.wait(min(end, self.full_until if self.room and now < self.full_until else end) - now)
+                    soon = [self.full_until] if self.room and now < self.full_until else []
+                    soon += [fair] if self.pressed and now < fair else []
+                    self.returned.wait(min([end, *soon]) - now)
             finally:
                 self.pressed -= hurry
                 if hurry and not self.pressed:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from database import Database, DatabaseDown, DatabaseFault
+from database import Database, DatabaseDown
 from tools import clean
 from tools._textos import idioma_de
 
@@ -117,12 +117,11 @@ class Inbox:
         except DatabaseDown as error:
             for entry in entries:
                 entry.down = error
-        except DatabaseFault:
+        except Exception:  # whatever it is, whose message it is will see it
             for entry in entries:
                 entry.alone = True
-        finally:
-            for entry in entries:
-                entry.settled = True
+        for entry in entries:
+            entry.settled = True
 
     def stored(self, entries: list[Entry], end: float) -> list[dict[str, Any] | None]:
         """Return the runs of messages that are stored in one statement."""

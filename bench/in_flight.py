@@ -41,6 +41,8 @@ def health():
 waitress.serve(app, host="127.0.0.1", port=int(port), threads=8, connection_limit=1500, asyncore_use_poll=True)
 """
 
+RAMP = 25.0  # messages a second, which must leave the machine time for the looks at those in flight
+
 
 def send(url: str, first: int, count: int, per_second: float) -> None:
     """Send messages of new users at a rate."""
@@ -80,9 +82,9 @@ def ours(count: int, ramp: float, steady: float) -> None:
         try:
             print(f"gateway at rest: {held(stage.gateway)}", flush=True)
             send(stage.url, 1, count, ramp)
-            while stage.openai_stats()["in_flight"] < count * 0.99 and stage.replies() == 0:
+            while (now := stage.openai_stats()["in_flight"]) < count * 0.99 and stage.replies() == 0:
                 time.sleep(0.5)
-            print(f"gateway, {stage.openai_stats()['in_flight']} in flight: {held(stage.gateway)}", flush=True)
+            print(f"gateway, {now} in flight: {held(stage.gateway)}", flush=True)
             print(f"gateway: {answered(stage, count, think + 240)} of {count} answered", flush=True)
             get(stage.openai_url.removesuffix("/v1") + "/_control", {"think_seconds": 2})
             since = time.time()
@@ -115,8 +117,8 @@ def main() -> None:
     """Run both; the blocking one with as many as it can reasonably hold."""
     raise_descriptors()
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    steady = float(sys.argv[2]) if len(sys.argv) > 2 else 40.0
-    ours(count, 80.0, steady)
+    steady = float(sys.argv[2]) if len(sys.argv) > 2 else 15.0
+    ours(count, RAMP, steady)
     blocking(min(count, 1000), 40.0)
 
 

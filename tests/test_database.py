@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import ssl
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 
 from database import QUERIES, Database, DatabaseDown, DatabaseFault, connection_options, migrate, schema_version
 from settings import ConfigurationError
-from tests.conftest import ANA, Server, free_port
+from tests.conftest import ANA, Server, free_port, wait_for
+from tests.owner import owned
 
 HOST = {"host": "db.example", "port": 5432, "database": "hilo", "user": "u", "password": "p"}
 
@@ -183,6 +186,59 @@ def test_closed_pool_keeps_no_connection_not_even_one_that_was_lent(db: Database
     with pytest.raises(DatabaseDown):
         db.rows("SELECT 1")
     other.close()
+
+
+@pytest.mark.parametrize(("limit", "size"), [(20, 2), (24, 3), (30, 4), (40, 4), (6, 2)])
+def test_pool_takes_no_more_of_the_servers_connections_than_leaves_others_as_many(
+    postgres: Server, limit: int, size: int
+) -> None:
+    with owned(postgres, limit=limit) as url, contextlib.closing(Database(url, 2)) as database:
+        database.widen(4)
+        assert database.size == size
+        held = [database.take(time.monotonic() + 5) for _ in range(size)]
+        with pytest.raises(DatabaseDown, match="all connections are in use"):
+            database.take(time.monotonic())
+        for connection in held:
+            database.give_back(connection)
+
+
+def test_who_is_in_a_hurry_gets_the_next_connection_but_not_every_one(database_url: str) -> None:
+    ended: list[str] = []
+    with contextlib.closing(Database(database_url, 1)) as database, ThreadPoolExecutor(3) as pool:
+
+        def ask(who: str, hurry: bool, seconds: float) -> None:
+            end = time.monotonic() + 30
+            database.rows("SELECT pg_sleep(:s)", {"s": seconds}, end if hurry else None)
+            ended.append(who)
+
+        with database.connection():
+            pool.submit(ask, "worker", False, 0)
+            wait_for(lambda: len(database.returned._waiters) == 1)  # type: ignore[attr-defined]
+            pool.submit(ask, "webhook", True, 0)
+            wait_for(lambda: database.pressed == 1)
+        wait_for(lambda: len(ended) == 2)
+        assert ended == ["webhook", "worker"]
+        flood = [pool.submit(ask, "webhook", True, 0.3) for _ in range(12)]  # there is always one that waits
+        wait_for(lambda: database.pressed > 0)
+        ask("worker", False, 0)
+        assert not all(future.done() for future in flood)
+
+
+def test_statement_that_can_wait_gives_way_to_a_message_that_arrives(db: Database) -> None:
+    ended: list[str] = []
+
+    def work() -> None:
+        db.one("get", key="schema_version")
+        ended.append("worker")
+
+    with ThreadPoolExecutor(1) as pool:
+        with db.arrival():
+            worker = pool.submit(work)
+            db.hurried("get", key="schema_version")
+            time.sleep(0.03)
+            ended.append("message")
+        worker.result()
+    assert ended == ["message", "worker"]
 
 
 # --- The migration ----------------------------------------------------------------------------------------
