@@ -26,8 +26,6 @@ HUNG_PAUSE = 5.0  # seconds for which whoever is in a hurry does not ask a datab
 FULL_PAUSE = 0.1  # seconds until the next attempt, while the server allows no more connections
 # A plan lives as long as its connection: none that suits an empty table may read the whole of it once it has grown.
 SESSION = {"statement_timeout": "15000", "enable_seqscan": "off", "jit": "off"}
-GIVE_WAY = 0.1  # seconds that a statement waits for messages that arrive
-FAIR = 1.0  # seconds for which others in a hurry get a connection first
 STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
@@ -131,6 +129,8 @@ class Connection(pg8000.native.Connection):
 class Database:
     """A small pool of connections, opened when needed, each with its prepared statements."""
 
+    GIVE_WAY = 0.1  # seconds that a statement waits for messages that arrive
+    FAIR = 0.2  # seconds for which others in a hurry get a connection first
     HURRY = 6.0  # seconds in all for a statement that somebody outside waits for: Twilio gives up after 15
     # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
     LOST = ("57P01", "57P02", "57P03", "08000", "08003", "08006", "0A000")
@@ -162,7 +162,7 @@ class Database:
 
     def give_way(self) -> None:
         """Let messages that arrive go first, for GIVE_WAY seconds: with many threads at work each of them is slow."""
-        end = time.monotonic() + GIVE_WAY
+        end = time.monotonic() + self.GIVE_WAY
         while self.arriving and time.monotonic() < end:
             time.sleep(0.002)
 
@@ -209,7 +209,7 @@ class Database:
 
     def idle_or_leave(self, end: float, hurry: bool) -> Connection | None:
         """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
-        fair = time.monotonic() + FAIR
+        fair = time.monotonic() + self.FAIR
         with self.returned:
             self.pressed += hurry
             try:
@@ -316,13 +316,12 @@ class Database:
         finally:
             self.for_guests.release()
 
-    def hurried(self, name: str, /, end: float | None = None, **params: Any) -> list[dict[str, Any]]:
-        """Return the rows of the statement of that name in queries.sql by `end` (monotonic; default: in HURRY seconds),
-        for somebody outside who waits. A database that just failed to answer is not asked: others would wait behind who
-        asks."""
+    def hurried(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
+        """Return the rows of the statement of that name in queries.sql within HURRY seconds, for somebody outside who
+        waits. A database that just failed to answer is not asked: others would wait behind who asks."""
         if time.monotonic() < self.hung_until:
             raise DatabaseDown("does not answer")
-        end = end or time.monotonic() + self.HURRY
+        end = time.monotonic() + self.HURRY
         try:
             return self.rows(QUERIES[name], params, end)
         except DatabaseDown as error:

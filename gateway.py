@@ -1138,7 +1138,7 @@ def prepare(gateway: Gateway, url: str) -> None:
             log.info("✅ schema applied")
     except DatabaseDown as error:
         log.error("⚠️ database: %s; trying again", error)
-        gateway.upkeep.chores.append(partial(retry_migration, gateway, url))
+        gateway.upkeep.chores.insert(0, partial(retry_migration, gateway, url))
 
 
 def retry_migration(gateway: Gateway, url: str) -> None:

@@ -7,18 +7,18 @@ import json
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from database import Database, DatabaseDown
+from database import Database, DatabaseDown, DatabaseFault
 from tools import clean
 from tools._textos import idioma_de
 
-MOST = 50  # messages of one commit
-PATIENCE = "200ms"  # for which many wait for a row that one of them needs
+OTHERS = 1.0  # seconds that a message waits for others' commit
+PATIENCE = "200ms"  # for which all wait for a row that one of them needs
+LOCKED = "55P03"  # SQLSTATE of one that was not had
 
 OPT_OUT = frozenset(
     ("baja", "stop", "cancelar suscripcion", "cancelar suscripción", "darme de baja", "unsubscribe", "sair")
@@ -72,60 +72,74 @@ class Entry:
     message: dict[str, Any]
     settled: bool = False
     run: dict[str, Any] | None = None
-    alone: bool = False  # those it was with could not be stored together
+    alone: bool = False  # it could not be stored with others, or need not wait for them any longer
     down: DatabaseDown | None = None
 
 
 class Inbox:
-    """Stores messages, each thread its own or, in turn, all that wait."""
+    """Stores messages: a thread those of all that wait, while no other does."""
 
     def __init__(self, db: Database):
         self.db = db
-        self.waiting: deque[Entry] = deque()
-        self.turn = threading.Lock()
+        self.changed = threading.Condition()
+        self.waiting: list[Entry] = []
+        self.leading = False  # a commit is under way
 
     def store(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Commit a message; return its run, None where its sid is known. Raises DatabaseDown, then it may be stored or
-        not, or DatabaseFault."""
-        entry, end = Entry(message), time.monotonic() + self.db.HURRY
-        self.waiting.append(entry)
-        if not self.turn.acquire(timeout=self.db.HURRY):
-            entry.settled = True
-            raise DatabaseDown("does not answer")
-        try:
-            while not entry.settled:
-                self.commit([entry for entry in self.taken() if not entry.settled], end)
-        finally:
-            self.turn.release()
+        not, or DatabaseFault. Takes two times HURRY and a little at most."""
+        entry, batch = Entry(message), []
+        with self.changed:
+            self.waiting.append(entry)
+            self.changed.wait_for(lambda: entry.settled or not self.leading, OTHERS)
+            if not self.leading and not entry.settled:
+                self.leading, batch, self.waiting = True, self.waiting, []
+            elif entry in self.waiting:  # a commit that hangs is not everybody's
+                self.waiting.remove(entry)
+                entry.alone = True
+            elif not self.changed.wait_for(lambda: entry.settled, 2 * self.db.HURRY):
+                raise DatabaseDown("does not answer")
+        if batch:
+            self.commit(batch)
         if entry.alone:
-            return self.stored([entry], end)[0]
+            return self.store_alone(entry)
         if entry.down:
             raise DatabaseDown(str(entry.down))
         return entry.run
 
-    def taken(self) -> list[Entry]:
-        """Take what waits, up to MOST."""
-        return [self.waiting.popleft() for _ in range(min(MOST, len(self.waiting)))]
-
-    def commit(self, entries: list[Entry], end: float) -> None:
-        """Store messages in one transaction, by `end` (monotonic). Where one of them cannot be, or needs a row that is
-        locked, each is left to its own thread."""
+    def commit(self, entries: list[Entry]) -> None:
+        """Store messages in one transaction. Where one of them cannot be, or needs a row that is locked, each is left
+        to its own thread."""
         entries.sort(key=lambda entry: str(entry.message["sender"]))  # lest two processes wait for each other
         try:
-            for entry, run in zip(entries, self.stored(entries, end), strict=True):
+            for entry, run in zip(entries, self.stored(entries), strict=True):
                 entry.run = run
         except DatabaseDown as error:
             for entry in entries:
                 entry.down = error
-        except Exception:  # whatever it is, whose message it is will see it
+        except BaseException:  # whatever it is, whose message it is will see it
             for entry in entries:
                 entry.alone = True
-        for entry in entries:
-            entry.settled = True
+        finally:
+            with self.changed:
+                self.leading = False
+                for entry in entries:
+                    entry.settled = True
+                self.changed.notify_all()
 
-    def stored(self, entries: list[Entry], end: float) -> list[dict[str, Any] | None]:
+    def store_alone(self, entry: Entry) -> dict[str, Any] | None:
+        """Store one message and return its run. While its user's row is locked it holds no connection."""
+        end = time.monotonic() + self.db.HURRY
+        while True:
+            try:
+                return self.stored([entry])[0]
+            except DatabaseFault as error:
+                if error.sqlstate != LOCKED or time.monotonic() > end:
+                    raise
+            time.sleep(0.1)
+
+    def stored(self, entries: list[Entry]) -> list[dict[str, Any] | None]:
         """Return the runs of messages that are stored in one statement."""
         messages = json.dumps([entry.message for entry in entries])
-        rows = self.db.hurried("receive", end, messages=messages, patience=PATIENCE if entries[1:] else "0")
-        runs = {row["place"]: row for row in rows}
+        runs = {row["place"]: row for row in self.db.hurried("receive", messages=messages, patience=PATIENCE)}
         return [runs.get(place) for place in range(1, len(entries) + 1)]

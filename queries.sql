@@ -416,7 +416,8 @@ SELECT pg_notify('hilo', :me)::text AS told
 -- name: connections_allowed
 -- How many connections this role may have at one time, in all processes.
 SELECT least(nullif(r.rolconnlimit, -1), nullif(d.datconnlimit, -1),
-    current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int) AS n
+    current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+        - coalesce(current_setting('reserved_connections', true)::int, 0)) AS n
 FROM pg_roles r, pg_database d WHERE r.rolname = current_user AND d.datname = current_database()
 
 -- name: get

@@ -377,15 +377,20 @@ END $$;
 CREATE OR REPLACE FUNCTION receive_messages(p_messages jsonb, p_patience text)
 RETURNS TABLE (place bigint, id bigint, held boolean, seconds double precision) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
+DECLARE
+    m record;
 BEGIN
     PERFORM set_config('lock_timeout', p_patience, true);
-    RETURN QUERY SELECT m.place, r.id, r.held, r.seconds
-        FROM ROWS FROM (jsonb_to_recordset(p_messages) AS (sid text, sender text, own text, external text, profile text,
-            body text, raw jsonb, opt text, burst double precision, at timestamptz, language text, guess text))
-            WITH ORDINALITY m (sid, sender, own, external, profile, body, raw, opt, burst, at, language, guess, place),
-        LATERAL receive_message(m.sid, m.sender, m.own, m.external, m.profile, m.body, m.raw, m.opt, m.burst,
-            coalesce(m.at, now()),
-            coalesce(m.language, (SELECT language FROM users WHERE user_phone = m.sender), m.guess)) r;
+    FOR m IN SELECT * FROM ROWS FROM (jsonb_to_recordset(p_messages) AS (sid text, sender text, own text, external text,
+            profile text, body text, raw jsonb, opt text, burst double precision, at timestamptz, language text, guess text))
+            WITH ORDINALITY x (sid, sender, own, external, profile, body, raw, opt, burst, at, language, guess, place)
+        ORDER BY place
+    LOOP -- each sees what the one before it has written
+        RETURN QUERY SELECT m.place, r.id, r.held, r.seconds
+            FROM receive_message(m.sid, m.sender, m.own, m.external, m.profile, m.body, m.raw, m.opt, m.burst,
+                coalesce(m.at, now()),
+                coalesce(m.language, (SELECT language FROM users WHERE user_phone = m.sender), m.guess)) r;
+    END LOOP;
 END $$;
 
 -- Whether a part may leave: not to a user who opted out, nor past an advisor, but for the run that caused it. VOLATILE,

@@ -211,6 +211,7 @@ def test_who_is_in_a_hurry_gets_the_next_connection_but_not_every_one(database_u
             database.rows("SELECT pg_sleep(:s)", {"s": seconds}, end if hurry else None)
             ended.append(who)
 
+        database.FAIR = 30.0
         with database.connection():
             pool.submit(ask, "worker", False, 0)
             wait_for(lambda: len(database.returned._waiters) == 1)  # type: ignore[attr-defined]
@@ -218,6 +219,7 @@ def test_who_is_in_a_hurry_gets_the_next_connection_but_not_every_one(database_u
             wait_for(lambda: database.pressed == 1)
         wait_for(lambda: len(ended) == 2)
         assert ended == ["webhook", "worker"]
+        database.FAIR = 0.2
         flood = [pool.submit(ask, "webhook", True, 0.3) for _ in range(12)]  # there is always one that waits
         wait_for(lambda: database.pressed > 0)
         ask("worker", False, 0)
@@ -226,6 +228,7 @@ def test_who_is_in_a_hurry_gets_the_next_connection_but_not_every_one(database_u
 
 def test_statement_that_can_wait_gives_way_to_a_message_that_arrives(db: Database) -> None:
     ended: list[str] = []
+    db.GIVE_WAY = 30.0
 
     def work() -> None:
         db.one("get", key="schema_version")

@@ -31,11 +31,14 @@ def message(sender: str, sid: str, text: str = "hola") -> dict[str, Any]:
 def at_once(inbox: Inbox, messages: list[dict[str, Any]]) -> list[Future[Any]]:
     """Store messages that all wait for the same commit, in this order; returns when each has its outcome."""
     with ThreadPoolExecutor(len(messages)) as pool:
-        with inbox.turn:  # as if one were under way
-            stored = []
-            for each in messages:
-                stored.append(pool.submit(inbox.store, each))
-                wait_for(lambda: len(inbox.waiting) == len(stored))
+        inbox.leading = True  # as if one were under way
+        stored = []
+        for each in messages:
+            stored.append(pool.submit(inbox.store, each))
+            wait_for(lambda: len(inbox.waiting) == len(stored))
+        with inbox.changed:
+            inbox.leading = False
+            inbox.changed.notify_all()
     return stored
 
 
@@ -93,12 +96,46 @@ def test_database_away_is_told_to_each() -> None:
             future.result()
 
 
-def test_commit_that_hangs_holds_nobody_longer_than_a_webhook_may_take(db: Database) -> None:
-    db.HURRY = 0.5
+def test_row_that_somebody_holds_keeps_nobody_else_waiting_when_its_message_came_alone(
+    db: Database, database_url: str
+) -> None:
+    db.HURRY = 2.0
     inbox = Inbox(db)
-    with inbox.turn, ThreadPoolExecutor(1) as pool:
-        late = pool.submit(inbox.store, message(ANA, "SM1"))
-        with pytest.raises(DatabaseDown, match="does not answer"):
-            late.result(5)
-    inbox.store(message(OTHERS[0], "SM2"))
-    assert db.rows("SELECT sid FROM messages") == [{"sid": "SM2"}]  # who was told of an outage writes no row later
+    inbox.store(message(ANA, "SM0"))
+    with pg8000.native.Connection(**connection_options(database_url)) as holder, ThreadPoolExecutor(1) as pool:
+        holder.run("BEGIN")
+        holder.run("SELECT FROM users WHERE user_phone = :u FOR UPDATE", u=ANA)
+        held = pool.submit(inbox.store, message(ANA, "SM1"))
+        for n, user in enumerate(OTHERS, 2):
+            inbox.store(message(user, f"SM{n}"))
+        assert not held.done()
+        with pytest.raises(DatabaseFault, match="55P03"):
+            held.result(10)
+        inbox.store(message(OTHERS[0], "SM9"))  # the database is not taken to hang
+        holder.run("ROLLBACK")
+    assert inbox.store(message(ANA, "SM1"))
+
+
+def test_commit_that_hangs_is_not_everybodys(db: Database) -> None:
+    inbox = Inbox(db)
+    inbox.leading = True  # and stays so
+    assert inbox.store(message(ANA, "SM1"))
+    assert inbox.waiting == []
+
+
+def test_who_was_stored_by_another_thread_is_not_told_of_an_outage(db: Database) -> None:
+    db.HURRY = 1.0
+    inbox = Inbox(db)
+    users = [f"whatsapp:+52155{n:08}" for n in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        stored = [pool.submit(inbox.store, message(user, f"SM{n}")) for n, user in enumerate(users)]
+    assert all(future.result() for future in stored)
+    assert len(db.rows("SELECT FROM messages")) == len(users)
+
+
+def test_language_that_a_message_shows_surely_outlasts_a_guess_from_the_next_of_the_same_commit(db: Database) -> None:
+    sure = message(ANA, "SM1", "Olá, bom dia, quero informações sobre cursos")
+    guessed = message(ANA, "SM2", "hello excel")
+    assert (sure["language"], guessed["language"], guessed["guess"]) == ("pt", None, "en")
+    at_once(Inbox(db), [sure, guessed])
+    assert db.rows("SELECT language FROM users") == [{"language": "pt"}]
