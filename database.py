@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import re
 import select
@@ -9,6 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -126,11 +128,20 @@ class Connection(pg8000.native.Connection):
                 stream.close()
 
 
+@dataclass(eq=False)
+class Place:
+    """A place in the queue for a connection."""
+
+    since: float  # monotonic
+    called: threading.Condition
+
+
 class Database:
     """A small pool of connections, opened when needed, each with its prepared statements."""
 
     GIVE_WAY = 0.1  # seconds that a statement waits for messages that arrive
-    FAIR = 0.2  # seconds for which others in a hurry get a connection first
+    AT_ONCE = ("save_response", "save_output", "sent")  # what has happened elsewhere, and is known nowhere else
+    FAIR = 0.2  # seconds that who is in a hurry is taken to have waited for a connection already
     HURRY = 6.0  # seconds in all for a statement that somebody outside waits for: Twilio gives up after 15
     # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
     LOST = ("57P01", "57P02", "57P03", "08000", "08003", "08006", "0A000")
@@ -141,12 +152,12 @@ class Database:
             self.options["startup_params"] |= {"TimeZone": time_zone}
         self.options["password"] = self.options["password"] or ""  # the driver fails on None where SCRAM is wanted
         self.closed = False
-        self.returned = threading.Condition()
+        self.lock = threading.Lock()
+        self.queue: list[Place] = []  # of those who wait for a connection, the first one first
         self.idle: list[Connection] = []  # the last to come back goes first
         self.size = self.room = connections  # how many may be open, and how many more
         self.full_until = 0.0  # monotonic: the server allowed no more just now
         self.hung_until = 0.0  # monotonic: the server did not answer just now
-        self.pressed = 0  # who waits for a connection and is in a hurry: they go first
         self.arriving: set[object] = set()  # messages that are not stored yet
         self.for_guests = threading.Semaphore(max(1, connections - 1))
 
@@ -169,13 +180,15 @@ class Database:
     def widen(self, connections: int) -> None:
         """Allow more connections, up to so many, where the server allows this role as many for PROCESSES such pools;
         raises DatabaseDown or DatabaseFault."""
-        allowed = self.rows(QUERIES["connections_allowed"])[0]["n"]
+        if connections <= self.size:
+            return
+        allowed = self.all("connections_allowed")[0]["n"]
         more = min(connections, allowed // PROCESSES - 1) - self.size  # one listens
         if more > 0:
             self.for_guests.release(more)
-            with self.returned:
+            with self.lock:
                 self.size, self.room = self.size + more, self.room + more
-                self.returned.notify_all()
+                self.call_first()
 
     def connect(self, seconds: float = CONNECT_TIMEOUT) -> Connection:
         """Return a new connection; raises DatabaseDown where there is none in so many seconds."""
@@ -209,40 +222,41 @@ class Database:
 
     def idle_or_leave(self, end: float, hurry: bool) -> Connection | None:
         """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
-        fair = time.monotonic() + self.FAIR
-        with self.returned:
-            self.pressed += hurry
+        with self.lock:
+            mine = Place(time.monotonic() + (0.0 if hurry else self.FAIR), threading.Condition(self.lock))
+            bisect.insort(self.queue, mine, key=lambda place: place.since)
             try:
                 while not self.closed:
-                    now = time.monotonic()
-                    if hurry or not self.pressed or now >= fair:
-                        if self.idle:
-                            return self.idle.pop()
-                        if self.room and now >= self.full_until:
-                            self.room -= 1
-                            if self.full_until:  # one tries, the others wait
-                                self.full_until = now + FULL_PAUSE
-                            return None
+                    now, first = time.monotonic(), self.queue[0] is mine
+                    if first and self.idle:
+                        return self.idle.pop()
+                    if first and self.room and now >= self.full_until:
+                        self.room -= 1
+                        if self.full_until:  # one tries, the others wait
+                            self.full_until = now + FULL_PAUSE
+                        return None
                     if now >= end:
                         raise AllInUse("all connections are in use")
-                    soon = [self.full_until] if self.room and now < self.full_until else []
-                    soon += [fair] if self.pressed and now < fair else []
-                    self.returned.wait(min([end, *soon]) - now)
+                    mine.called.wait(min(end, self.full_until if first and self.room else end) - now)
             finally:
-                self.pressed -= hurry
-                if hurry and not self.pressed:
-                    self.returned.notify_all()
+                self.queue.remove(mine)
+                self.call_first()
         raise DatabaseDown("closed")
+
+    def call_first(self) -> None:
+        """Wake who is first in the queue: there may be a connection. Called with the lock held."""
+        if self.queue:
+            self.queue[0].called.notify()
 
     def give_back(self, connection: Connection | None) -> None:
         """Put a connection back, or None for one that is no more."""
-        with self.returned:
+        with self.lock:
             if connection is not None and not self.closed:
                 self.idle.append(connection)
             else:
                 discard(connection)
                 self.room += 1
-            self.returned.notify_all() if self.pressed else self.returned.notify()
+            self.call_first()
 
     @property
     def full(self) -> bool:
@@ -331,21 +345,21 @@ class Database:
 
     def all(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of the statement of that name in queries.sql."""
-        self.give_way()
+        if name not in self.AT_ONCE:
+            self.give_way()
         return self.rows(QUERIES[name], params)
 
     def one(self, name: str, /, **params: Any) -> dict[str, Any] | None:
         """Return the first row of the statement of that name, None where there is none."""
-        self.give_way()
-        return next(iter(self.rows(QUERIES[name], params)), None)
+        return next(iter(self.all(name, **params)), None)
 
     def close(self) -> None:
         """Close the connections that are idle, and the others when their users put them back."""
-        with self.returned:
+        with self.lock:
             self.closed = True
             while self.idle:
                 discard(self.idle.pop())
-            self.returned.notify_all()
+            self.call_first()  # who leaves calls the next
 
 
 def fault_of(error: BaseException) -> str:

@@ -88,7 +88,7 @@ class Inbox:
     def store(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Commit a message; return its run, None where its sid is known. Raises DatabaseDown, then it may be stored or
         not, or DatabaseFault. Takes two times HURRY and a little at most."""
-        entry, batch = Entry(message), []
+        entry, batch, end = Entry(message), [], time.monotonic() + self.db.HURRY
         with self.changed:
             self.waiting.append(entry)
             self.changed.wait_for(lambda: entry.settled or not self.leading, OTHERS)
@@ -102,7 +102,7 @@ class Inbox:
         if batch:
             self.commit(batch)
         if entry.alone:
-            return self.store_alone(entry)
+            return self.store_alone(entry, end)
         if entry.down:
             raise DatabaseDown(str(entry.down))
         return entry.run
@@ -110,7 +110,7 @@ class Inbox:
     def commit(self, entries: list[Entry]) -> None:
         """Store messages in one transaction. Where one of them cannot be, or needs a row that is locked, each is left
         to its own thread."""
-        entries.sort(key=lambda entry: str(entry.message["sender"]))  # lest two processes wait for each other
+        entries.sort(key=lambda entry: entry.message["sender"])  # lest two processes wait for each other
         try:
             for entry, run in zip(entries, self.stored(entries), strict=True):
                 entry.run = run
@@ -127,9 +127,9 @@ class Inbox:
                     entry.settled = True
                 self.changed.notify_all()
 
-    def store_alone(self, entry: Entry) -> dict[str, Any] | None:
-        """Store one message and return its run. While its user's row is locked it holds no connection."""
-        end = time.monotonic() + self.db.HURRY
+    def store_alone(self, entry: Entry, end: float) -> dict[str, Any] | None:
+        """Store one message and return its run. While its user's row is locked it holds no connection, and tries again
+        until `end` (monotonic)."""
         while True:
             try:
                 return self.stored([entry])[0]

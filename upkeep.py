@@ -78,8 +78,7 @@ class Upkeep:
 
     def widen(self) -> None:
         """Once, allow as many connections as the settings say and the server has for us."""
-        if "db_connections" not in self.gateway.settings.model_fields_set:
-            self.gateway.db.widen(self.gateway.settings.db_connections)
+        self.gateway.db.widen(self.gateway.settings.db_connections)
         self.chores.remove(self.widen)
 
     def catch_up(self) -> None:

@@ -214,19 +214,19 @@ def test_who_is_in_a_hurry_gets_the_next_connection_but_not_every_one(database_u
         database.FAIR = 30.0
         with database.connection():
             pool.submit(ask, "worker", False, 0)
-            wait_for(lambda: len(database.returned._waiters) == 1)  # type: ignore[attr-defined]
+            wait_for(lambda: len(database.queue) == 1)
             pool.submit(ask, "webhook", True, 0)
-            wait_for(lambda: database.pressed == 1)
+            wait_for(lambda: len(database.queue) == 2)
         wait_for(lambda: len(ended) == 2)
         assert ended == ["webhook", "worker"]
         database.FAIR = 0.2
         flood = [pool.submit(ask, "webhook", True, 0.3) for _ in range(12)]  # there is always one that waits
-        wait_for(lambda: database.pressed > 0)
+        wait_for(lambda: database.queue)
         ask("worker", False, 0)
         assert not all(future.done() for future in flood)
 
 
-def test_statement_that_can_wait_gives_way_to_a_message_that_arrives(db: Database) -> None:
+def test_statement_gives_way_to_a_message_that_arrives_but_not_one_that_writes_down_a_fact(db: Database) -> None:
     ended: list[str] = []
     db.GIVE_WAY = 30.0
 
@@ -238,6 +238,7 @@ def test_statement_that_can_wait_gives_way_to_a_message_that_arrives(db: Databas
         with db.arrival():
             worker = pool.submit(work)
             db.hurried("get", key="schema_version")
+            assert db.one("sent", id=1, sid="SM1") is None
             time.sleep(0.03)
             ended.append("message")
         worker.result()
