@@ -23,11 +23,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
-from xml.sax.saxutils import escape
 from zoneinfo import ZoneInfo
 
 if __name__ == "__main__" and sys.argv[1:2] in (["chat"], ["demo"]):  # these have nothing to finish so early
@@ -1005,7 +1005,7 @@ class Gateway:
         except (DatabaseDown, DatabaseFault) as error:
             log.error("⚠️ message %s not stored: %s; it will be fetched from Twilio", form.get("MessageSid"), error)
             self.upkeep.outage()
-            sentence = escape(texto("caida", idioma_de(form.get("Body", ""))))
+            sentence = escape(texto("caida", idioma_de(form.get("Body", ""))), quote=False)
             return self.plain(200, f"<Response><Message>{sentence}</Message></Response>", "text/xml")
         return self.plain(200, NO_REPLY, "text/xml")
 
