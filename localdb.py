@@ -197,7 +197,8 @@ class LocalDatabase:
                 fcntl.flock(self._users, fcntl.LOCK_SH)
                 self._sockets = self._short(self._data)
                 with self._logging() as log:
-                    self._run(log)
+                    if not self._run(log, START_SECONDS):
+                        self._fail(f"does not answer within {START_SECONDS} s")
         except BaseException:
             self.stop()
             raise
@@ -236,7 +237,8 @@ class LocalDatabase:
 
     def revive(self) -> None:
         """Start the server again where it has ended without being told to, unless others see to that or stop it just
-        now. Raises LocalDatabaseError where it does not answer soon."""
+        now. Its recovery is waited for a few seconds, and goes on by itself where it takes longer. Raises
+        LocalDatabaseError where it does not start."""
         if self._users < 0 or self._postmaster() is not None:
             return
         with suppress(BlockingIOError), _locked(self.directory / "lock", wait=False), self._logging() as log:
@@ -252,8 +254,8 @@ class LocalDatabase:
         self._link.symlink_to(data)
         return self._link
 
-    def _run(self, log: int, seconds: float = START_SECONDS) -> None:
-        """Return once the server answers and has the database `hilo`."""
+    def _run(self, log: int, seconds: float) -> bool:
+        """Start the server where there is none: whether it answers, with the database `hilo`, within these seconds."""
         deadline = time.monotonic() + seconds
         server: subprocess.Popen[bytes] | None = None
         while not self._answers():
@@ -263,8 +265,9 @@ class LocalDatabase:
             if server is None and self._postmaster() is None:
                 server = self._launch(log)
             if time.monotonic() > deadline:
-                self._fail(f"does not answer within {seconds} s")
+                return False
             time.sleep(0.03)
+        return True
 
     def _answers(self) -> bool:
         """Whether the server takes connections; makes the database `hilo` where it is missing."""
