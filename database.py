@@ -118,6 +118,16 @@ class Connection(pg8000.native.Connection):
     """The driver's connection, which closes its socket at once: the driver's own leaves that to the garbage collector
     where the server has hung up."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Connect, as the driver does; closes its socket also where the server dies before the first word."""
+        try:
+            super().__init__(*arguments, **options)
+        except BaseException:
+            if getattr(self, "_usock", None) is not None:
+                with contextlib.suppress(pg8000.exceptions.InterfaceError, OSError):
+                    self.close()
+            raise
+
     def close(self) -> None:
         """Say goodbye and close; raises InterfaceError or OSError where nobody listens any more."""
         stream = self._sock

@@ -289,7 +289,7 @@ class LocalDatabase:
     def _connect(self, database: str, timeout: int = 5) -> Connection:
         """A new connection, given up after so many seconds of silence."""
         path = str(self._sockets / SOCKET)
-        return Connection("postgres", database=database, unix_sock=path, timeout=timeout)
+        return Connection("postgres", database=database, unix_sock=path, timeout=timeout, ssl_context=False)
 
     @property
     def _mark(self) -> str:

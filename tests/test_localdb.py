@@ -18,9 +18,9 @@ from urllib.parse import parse_qs, urlsplit
 import psutil  # type: ignore[import-untyped]
 import pytest
 from pg8000.exceptions import DatabaseError, InterfaceError
-from pg8000.native import Connection
 
 import localdb
+from database import Connection
 
 ROOT = Path(localdb.__file__).parent
 NOBODY = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
@@ -37,7 +37,7 @@ from pg8000.native import Connection
 
 def connect(database):
     host = parse_qs(urlsplit(database.url).query)["host"][0]
-    return Connection("postgres", database="hilo", unix_sock=f"{host}/.s.PGSQL.5432")
+    return Connection("postgres", database="hilo", unix_sock=f"{host}/.s.PGSQL.5432", ssl_context=False)
 
 def say(text): print(text, flush=True)
 hear = sys.stdin.readline
@@ -87,7 +87,7 @@ def child() -> Iterator[Child]:
 def connect(database: localdb.LocalDatabase) -> Connection:
     """A connection to the address that the database says it has."""
     host = parse_qs(urlsplit(database.url).query)["host"][0]
-    return Connection("postgres", database="hilo", unix_sock=f"{host}/.s.PGSQL.5432")
+    return Connection("postgres", database="hilo", unix_sock=f"{host}/.s.PGSQL.5432", ssl_context=False)
 
 
 def notes(database: localdb.LocalDatabase) -> list[int]:
