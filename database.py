@@ -150,7 +150,7 @@ class Database:
     """A small pool of connections, opened when needed, each with its prepared statements."""
 
     GIVE_WAY = 0.1  # seconds that a statement waits for messages that arrive
-    AT_ONCE = ("save_response", "save_output", "sent")  # what has happened elsewhere, and is known nowhere else
+    AT_ONCE = ("save_response", "save_output", "finish")  # what has happened elsewhere, and is known nowhere else
     FAIR = 0.2  # seconds that who is in a hurry is taken to have waited for a connection already
     HURRY = 6.0  # seconds in all for a statement that somebody outside waits for: Twilio gives up after 15
     # The server is going or gone; or (0A000) a migration made a prepared plan stale: a new connection mends all.
@@ -233,6 +233,8 @@ class Database:
     def idle_or_leave(self, end: float, hurry: bool) -> Connection | None:
         """Return an idle connection, or None: one may be opened. Raises DatabaseDown at `end` (monotonic)."""
         with self.lock:
+            if self.idle and not self.queue:
+                return self.idle.pop()
             mine = Place(time.monotonic() + (0.0 if hurry else self.FAIR), threading.Condition(self.lock))
             bisect.insort(self.queue, mine, key=lambda place: place.since)
             try:
@@ -254,8 +256,8 @@ class Database:
         raise DatabaseDown("closed")
 
     def call_first(self) -> None:
-        """Wake who is first in the queue: there may be a connection. Called with the lock held."""
-        if self.queue:
+        """Wake who is first in the queue, if there is a connection. Called with the lock held."""
+        if self.queue and (self.idle or self.room or self.closed):
             self.queue[0].called.notify()
 
     def give_back(self, connection: Connection | None) -> None:
@@ -316,7 +318,9 @@ class Database:
     def once(self, sql: str, params: Mapping[str, Any] | None, end: float | None) -> list[dict[str, Any]]:
         """Return the rows of one statement, tried once."""
         with self.connection(end) as connection:
-            connection._usock.settimeout(max(0.1, end - time.monotonic()) if end else PATIENCE)
+            patience = max(0.1, end - time.monotonic()) if end else PATIENCE
+            if patience != connection._usock.gettimeout():  # a call to the system
+                connection._usock.settimeout(patience)
             statement = connection.statements.get(sql)
             if statement is None and len(connection.statements) >= STATEMENTS:
                 connection.statements.pop(next(iter(connection.statements))).close()

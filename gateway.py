@@ -212,24 +212,19 @@ class ThreadsAdapter:
 
     def start_run(self, run: Run, assistant: Assistant, input_items: list[dict[str, Any]], timeout: float) -> Response:
         """Start one response on the run's conversation. There is no idempotency: the caller marks the row first."""
-        body: dict[str, Any] = {"tools": self.definitions(assistant), "input": input_items}
+        today = datetime.now(ZoneInfo(self.settings.zona_horaria))
+        user = hmac.new(self.safety_secret, run.user_phone.encode(), hashlib.sha256).hexdigest()
+        body: dict[str, Any] = {
+            "model": assistant.model, "instructions": f"{assistant.instructions}\n\nHoy es {today:%Y-%m-%d}.",
+            "conversation": run.thread_id, "background": True, "store": True, "metadata": {"run": str(run.id)},
+            "safety_identifier": user, "tools": self.definitions(assistant), "input": input_items,
+        }  # fmt: skip
         if assistant.reasoning_effort:
             body["reasoning"] = {"effort": assistant.reasoning_effort}
         if assistant.max_output_tokens:
             body["max_output_tokens"] = assistant.max_output_tokens
-        today = datetime.now(ZoneInfo(self.settings.zona_horaria))
-        with self.lane() as client:
-            raw = client.responses.with_raw_response.create(
-                model=assistant.model,
-                instructions=f"{assistant.instructions}\n\nHoy es {today:%Y-%m-%d}.",
-                conversation=run.thread_id,
-                background=True,
-                store=True,
-                metadata={"run": str(run.id)},
-                safety_identifier=hmac.new(self.safety_secret, run.user_phone.encode(), hashlib.sha256).hexdigest(),
-                extra_body=body,  # past the SDK's typed parameters, whose transformation costs twice the call
-                timeout=timeout,
-            )
+        with self.lane() as client:  # extra_body: past typed parameters, whose transformation costs twice the call
+            raw = client.responses.with_raw_response.create(extra_body=body, timeout=timeout)
         return parsed(raw)
 
     def tools_of(self, assistant: Assistant) -> dict[str, Tool]:
@@ -375,7 +370,7 @@ class Journey:
     def start(self, run: Run) -> None:
         """Take the waiting messages; answer by plugin, by assistant or by the traditional flow."""
         if not self.runs.take(run):
-            return self.done(run)
+            return self.runs.write(run, [], "intercepted")
         step("taken", run)
         if run.crashes >= CRASHES:
             return self.fall_back(run, "error")
@@ -706,29 +701,25 @@ class Journey:
         """Send the parts that are not sent yet, in order; put the run down where one has to wait."""
         if run.doubt and not self.settle_doubt(run):
             return
-        more = True
-        while more:
+        while run.held:
             part = self.next_part(run)
             if part is None:
-                break
-            if part["state"] == "withheld":
+                self.done(run)
+            elif part["state"] == "withheld":
                 run.log.info("🤐 Part withheld: the user is in mode %s", part["mode"])
             elif part["hold_for"] is not None:
-                return self.runs.put_down(run, part["hold_for"])
-            elif part["state"] is None:  # a callback told meanwhile what became of it
-                continue
-            else:
-                more = self.send(run, part)
-        if run.held:
-            self.done(run)
+                self.runs.put_down(run, part["hold_for"])
+            elif part["state"] is not None:  # None: a callback told meanwhile what became of it
+                self.send(run, part)
 
     def next_part(self, run: Run) -> dict[str, Any] | None:
         """Return the next part, now in state `sending`; None where all have been dealt with."""
-        row = self.runs.renew(run, self.settings.call_timeout, "next_part")
+        row, run.next_part = run.next_part, None
+        row = row or self.runs.renew(run, self.settings.call_timeout, "next_part")
         return row if row["id"] else None
 
-    def send(self, run: Run, part: Mapping[str, Any]) -> bool:
-        """Hand one part to Twilio; False where there is no more to send, or the run was put down to try again."""
+    def send(self, run: Run, part: Mapping[str, Any]) -> None:
+        """Hand one part to Twilio; the last one ends the turn, one that has to wait puts the run down."""
         step("sending", run)
         self.db.give_way()
         run.check_lease(self.settings.call_timeout)
@@ -737,24 +728,14 @@ class Journey:
                 raise Refused(WhatsApp.WINDOW_SHUT, "the user last wrote more than 24 hours ago")
             sid = self.whatsapp.send(part, part["address"], part["own_number"] or run.own_number)
         except Refused as refusal:
-            self.refused(run, part, refusal)
-            return True
+            return self.refused(run, part, refusal)
         except NotSent as delay:
-            self.back_to_queue(run, part, str(delay), max(delay.seconds, min(60, 2 ** part["sends"])))
-            return False
+            return self.back_to_queue(run, part, str(delay), max(delay.seconds, min(60, 2 ** part["sends"])))
         except InDoubt as doubt:
             run.log.warning("⚠️ Part in doubt: %s", doubt)
-            self.runs.put_down(run, self.doubtful)
-            return False
+            return self.runs.put_down(run, self.doubtful)
         step("accepted", run)
-        more = self.runs.insist(run, partial(self.sent, part["id"], sid))
-        step("sent", run)
-        return more
-
-    def sent(self, part_id: int, sid: str) -> bool:
-        """Record Twilio's sid for a part, unless a callback was faster; return whether the run has more to send."""
-        row = self.db.one("sent", id=part_id, sid=sid)
-        return row is None or row["more"]
+        self.done(run, part["id"], sid)
 
     def back_to_queue(self, run: Run, part: Mapping[str, Any], why: str, seconds: float) -> None:
         """Try a part again later: it was certainly not sent. After a day it is given up."""
@@ -793,16 +774,20 @@ class Journey:
             self.back_to_queue(run, part, "Twilio does not have it", 0)
             return False
         run.log.info("📤 Part had been sent: %s", sid)
-        self.sent(part["id"], sid)
+        self.done(run, part["id"], sid)
         return True
 
     def known_sids(self, sids: list[str]) -> set[str]:
         """Return those of `sids` that belong to rows of ours."""
         return {row["sid"] for row in self.db.all("known_sids", sids=sids)}
 
-    def done(self, run: Run) -> None:
-        """End the turn, and say how it went."""
-        row = self.runs.finish(run)
+    def done(self, run: Run, part: int | None = None, sid: str | None = None) -> None:
+        """Record Twilio's sid for a part; with the last one end the turn, and say how it went."""
+        row = self.runs.insist(run, partial(self.runs.finish, run, part, sid))
+        if part:
+            step("sent", run)
+        if row is None:
+            return
         seconds = f"{row['seconds']:.1f}".replace(".", ",")
         if row["sent"]:
             plural = "s" if row["sent"] != 1 else ""
@@ -1056,11 +1041,9 @@ class Gateway:
         response_id = str(data.get("id")) if isinstance(data, dict) else ""
         if event["type"].startswith("response.") and re.fullmatch(r"resp_\w{1,190}", response_id, re.ASCII):
             try:
-                woken = self.db.hurried("wake_by_response", resp=response_id)
+                self.workers.wake(self.journey.runs, response_id)
             except (DatabaseDown, DatabaseFault) as error:
                 return self.plain(503, str(error))  # OpenAI sends it again
-            if woken and not woken[0]["held"]:
-                self.workers.woken(0)
         self.health.note_event()
         return self.plain(200, "")
 

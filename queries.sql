@@ -107,12 +107,22 @@ UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, inp
 WHERE id = :resp RETURNING id
 
 -- name: wake_by_response
+-- The run that waits for this response is due; with a lease it is claimed in the same breath, for a worker that is free.
 WITH w AS (
     INSERT INTO responses (id, ended_at) VALUES (:resp, now())
-    ON CONFLICT (id) DO UPDATE SET ended_at = coalesce(responses.ended_at, now()) RETURNING run_id)
-UPDATE runs r SET wakes = r.wakes + 1, due_at = CASE WHEN r.held OR r.state <> 'waiting'
-    OR r.response_id IS DISTINCT FROM :resp THEN r.due_at ELSE now() END
-FROM w WHERE r.id = w.run_id AND r.state <> 'done' RETURNING r.id, r.held
+    ON CONFLICT (id) DO UPDATE SET ended_at = coalesce(responses.ended_at, now()) RETURNING run_id),
+o AS MATERIALIZED (
+    SELECT r.id, NOT r.held AND r.state = 'waiting' AND r.response_id IS NOT DISTINCT FROM :resp AS due,
+        NOT r.held AND r.state = 'waiting' AND r.response_id IS NOT DISTINCT FROM :resp AND :lease::float8 IS NOT NULL AS ours
+    FROM w JOIN runs r ON r.id = w.run_id WHERE r.state <> 'done' FOR NO KEY UPDATE OF r)
+UPDATE runs r SET wakes = r.wakes + 1, held = r.held OR o.ours, attempt = r.attempt + o.ours::int,
+    crashes = CASE WHEN o.ours THEN 0 ELSE r.crashes END,
+    due_at = CASE WHEN o.due THEN now() + coalesce(:lease::float8, 0) * interval '1 s' ELSE r.due_at END
+FROM o, users u WHERE r.id = o.id AND u.user_phone = r.user_phone
+RETURNING o.due, o.ours, r.id, r.user_phone, r.state, r.attempt, r.wakes, r.crashes, r.assistant, r.thread_id, r.response_id, r.creating,
+    r.rounds, r.tries, u.profile_name, u.own_number, u.mode, u.language, extract(epoch FROM r.deadline - now())::float8 AS "left",
+    CASE WHEN o.ours THEN (SELECT jsonb_agg(x ORDER BY x.id) FROM (SELECT id, sid, user_phone, body, raw, reply, at
+        FROM messages m WHERE m.run_id = r.id AND m.direction = 'in') x) END AS turn
 
 -- name: put_down
 UPDATE runs SET held = false, creating = :creating::boolean, tries = tries + :tries::int,
@@ -162,24 +172,36 @@ SELECT call_id, name, arguments, output FROM tool_calls WHERE run_id = :id ORDER
 
 -- name: write
 -- The reply's parts become rows; with leave, no thread is left behind for the next turn. How the response ended is noted.
+-- Where the first part may leave at once it is in state sending already, and returned as next_part returns it.
 WITH e AS (
     UPDATE responses SET ended_at = coalesce(ended_at, now()), status = :status, input_tokens = :i::int,
         output_tokens = :o::int WHERE id = :resp RETURNING 1),
 r AS (
     UPDATE runs SET state = 'sending', outcome = :outcome, reason = :reason, written_at = now(), creating = false,
-        failures = with_failure(failures, :failure)
+        failures = with_failure(failures, :failure), due_at = now() + :lease::float8 * interval '1 s'
     WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting')
         AND (SELECT count(*) FROM e) >= 0 -- first the response, then the run: the order in which webhooks lock them
     RETURNING id, user_phone),
 d AS (DELETE FROM oa_threads_map WHERE :leave AND user_phone = (SELECT user_phone FROM r) RETURNING thread_id),
 k AS (INSERT INTO discarded_threads SELECT thread_id, now() + interval '1 hour' FROM d ON CONFLICT DO NOTHING),
-p AS (
-    INSERT INTO messages (user_phone, direction, body, run_id, state, media_url, content_sid, variables)
-    SELECT coalesce(x."to", r.user_phone), 'out', coalesce(x.text, ''), r.id, 'queued', x.media_url, x.content_sid, x.variables
+x AS (
+    SELECT r.id AS run, r.user_phone AS run_user, coalesce(x."to", r.user_phone) AS user_phone, coalesce(x.text, '') AS body,
+        x.media_url, x.content_sid, x.variables, x.ordinality
     FROM r, ROWS FROM (jsonb_to_recordset(:parts::jsonb)
-        AS (text text, media_url text, content_sid text, variables jsonb, "to" text)) WITH ORDINALITY x
-    ORDER BY x.ordinality)
-SELECT 1 AS done FROM r
+        AS (text text, media_url text, content_sid text, variables jsonb, "to" text)) WITH ORDINALITY x),
+n AS MATERIALIZED ( -- the first part, unless a tool or a hook has put one before it
+    SELECT coalesce(u.reply_to, x.user_phone) AS address, coalesce(u.mode, 'bot') AS mode, u.own_number,
+        u.last_in_at < now() - interval '24 hours' AS late, may_send(x.user_phone, x.run, x.run_user) AS may
+    FROM x LEFT JOIN users u ON u.user_phone = x.user_phone
+    WHERE x.ordinality = 1 AND NOT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = x.run AND m.direction = 'out')),
+p AS (
+    INSERT INTO messages (user_phone, direction, body, run_id, media_url, content_sid, variables, state, sending_at, sent_to, sends)
+    SELECT x.user_phone, 'out', x.body, x.run, x.media_url, x.content_sid, x.variables, CASE WHEN n.may THEN 'sending' ELSE 'queued' END,
+        CASE WHEN n.may THEN now() END, CASE WHEN n.may THEN n.address END, coalesce(n.may, false)::int
+    FROM x LEFT JOIN n ON x.ordinality = 1 ORDER BY x.ordinality RETURNING *)
+SELECT r.id AS run, p.id, p.user_phone, n.address, n.mode, n.own_number, n.late, NULL::float8 AS hold_for,
+    p.state, p.body, p.media_url, p.content_sid, p.variables, p.sending_at, p.sends
+FROM r LEFT JOIN p ON p.state = 'sending' LEFT JOIN n ON true
 
 -- name: queue_part
 -- Only where the run is open. A part that it has already is not queued again: a tool or a hook may run a second time
@@ -217,15 +239,6 @@ SELECT r.id AS run, n.id, n.user_phone, n.address, n.mode, n.own_number, n.late,
     CASE WHEN n.hold_for > 0 THEN n.hold_for END AS hold_for,
     s.state, s.body, s.media_url, s.content_sid, s.variables, s.sending_at, s.sends
 FROM r LEFT JOIN n ON true LEFT JOIN s ON s.id = n.id
-
--- name: sent
--- A fact, so it needs no fence. Tells whether the run has more parts to send.
-WITH s AS (
-    UPDATE messages SET sid = coalesce(sid, :sid), updated_at = now(),
-        state = CASE WHEN state_rank(state) < state_rank('sent') THEN 'sent' ELSE state END
-    WHERE id = :id RETURNING id, run_id)
-SELECT EXISTS (SELECT 1 FROM messages m WHERE m.run_id = s.run_id AND m.direction = 'out' AND m.id <> s.id
-    AND m.state IN ('queued', 'sending')) AS more FROM s
 
 -- name: not_sent
 -- Certainly not sent: it goes again, for a day at most; unless a callback has told more meanwhile.
@@ -298,20 +311,27 @@ INSERT INTO messages (user_phone, direction, body, run_id, state, content_sid)
 SELECT x."to", 'out', x.text, r.id, 'queued', x.content_sid FROM r, x ORDER BY x.ordinality RETURNING run_id
 
 -- name: finish
+-- Ends a run that has no more parts to send, having noted that Twilio took one: that is a fact, so it needs no fence.
 -- What arrived meanwhile becomes the next turn, a burst after the last message. Images and files that the model was
 -- shown are in the conversation now: of them the transcript keeps the words. A callback at the same moment raises
--- wakes: then what was counted here may be old, no row is touched, and the caller tries again.
-WITH p AS (
-    SELECT (SELECT wakes FROM runs WHERE id = :id) AS seen, count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
+-- wakes: then what was counted here may be old, the run is not touched, and the caller tries again.
+WITH s AS (
+    UPDATE messages SET sid = coalesce(sid, :sid), updated_at = now(),
+        state = CASE WHEN state_rank(state) < state_rank('sent') THEN 'sent' ELSE state END
+    WHERE id = :part::bigint RETURNING id, state, error_code),
+p AS (
+    SELECT (SELECT wakes FROM runs WHERE id = :id) AS seen, bool_or(state = 'queued') AS more,
+        count(*) FILTER (WHERE state IN ('sent', 'delivered', 'read')) AS sent, max(error_code)::text AS code,
         CASE WHEN NOT bool_or(content_sid IS NOT NULL) THEN min(user_phone) FILTER (WHERE error_code = 63016) END AS shut,
         count(*) FILTER (WHERE state IN ('failed', 'undelivered'))
             * (NOT coalesce(bool_or(content_sid IS NOT NULL AND state IN ('sent', 'delivered', 'read')), false))::int AS lost
-    FROM messages WHERE run_id = :id AND direction = 'out'),
+    FROM (SELECT coalesce(s.state, m.state) AS state, coalesce(s.error_code, m.error_code) AS error_code, content_sid, user_phone
+        FROM messages m LEFT JOIN s USING (id) WHERE m.run_id = :id AND m.direction = 'out') parts),
 f AS (
     UPDATE runs SET state = 'done', held = false, finished_at = now(),
         outcome = CASE WHEN p.lost > 0 THEN 'undelivered' ELSE coalesce(outcome, 'intercepted') END,
         reason = CASE WHEN p.lost > 0 THEN p.code ELSE reason END
-    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' AND wakes = p.seen
+    FROM p WHERE id = :id AND attempt = :a AND state <> 'done' AND wakes = p.seen AND p.more IS NOT TRUE
     RETURNING id, user_phone, pending, outcome, created_at, sent, shut),
 k AS (
     UPDATE messages SET input = (SELECT to_jsonb(string_agg(part ->> 'text', chr(10)))
@@ -323,8 +343,8 @@ n AS (
     SELECT user_phone, greatest(now(), (SELECT max(m.at) FROM messages m WHERE m.user_phone = f.user_phone
         AND m.direction = 'in' AND m.run_id IS NULL) + :burst::float8 * interval '1 s'), pending
     FROM f WHERE pending > 0 RETURNING due_at)
-SELECT f.outcome, f.sent, f.shut, extract(epoch FROM now() - coalesce(i.first_at, f.created_at))::float8 AS seconds,
-    (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM f, i
+SELECT p.more, f.outcome, f.sent, f.shut, extract(epoch FROM now() - coalesce(i.first_at, f.created_at))::float8 AS seconds,
+    (SELECT extract(epoch FROM due_at - now())::float8 FROM n) AS "next" FROM p CROSS JOIN i LEFT JOIN f ON true
 
 -- name: open_runs
 SELECT state, count(*) AS n, extract(epoch FROM now() - min(due_at) FILTER (WHERE due_at <= now()))::float8 AS late

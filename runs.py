@@ -70,6 +70,7 @@ class Run:
     call_timeout: float
     turn: list[dict[str, Any]] = field(default_factory=list)  # its messages; of a claim, where a response is under way
     held: bool = True
+    next_part: dict[str, Any] | None = None  # the part that was marked for sending when the reply was written
     failure: str | None = None  # what OpenAI failed with just now, until it is written down
     ended: dict[str, Any] = field(default_factory=lambda: {"resp": None, "status": None, "i": None, "o": None})
 
@@ -109,6 +110,17 @@ class Runs:
         until = time.monotonic() + self.settings.lease_seconds
         found = self.db.all("claim", n=n, lease=self.settings.lease_seconds)
         return [Run(**row, lease_until=until, call_timeout=self.settings.call_timeout) for row in found]
+
+    def wake(self, response_id: str, claim: bool) -> tuple[Run | None, bool]:
+        """Return the run that waited for a response, now held where the caller wants to `claim` it, and whether it is
+        due for others; raises DatabaseDown and DatabaseFault within seconds."""
+        until = time.monotonic() + self.settings.lease_seconds
+        lease = self.settings.lease_seconds if claim else None
+        for row in self.db.hurried("wake_by_response", resp=response_id, lease=lease):
+            due, ours = row.pop("due"), row.pop("ours")
+            run = Run(**row, lease_until=until, call_timeout=self.settings.call_timeout) if ours else None
+            return run, due and not ours
+        return None, False
 
     def fenced(self, run: Run, statement: str, **params: Any) -> dict[str, Any]:
         """Return the row of a statement on `run`; raises LeaseLost where it touched none."""
@@ -164,21 +176,28 @@ class Runs:
         run.state, run.response_id, run.creating, run.tries = "queued", None, False, run.tries + 1
 
     def write(self, run: Run, parts: list[Part], outcome: str, reason: str | None = None, leave: bool = False) -> None:
-        """Make the reply's parts rows; `leave` leaves no thread behind for the next turn."""
+        """Make the reply's parts rows, the first of which may be ours to send at once; `leave` leaves no thread behind
+        for the next turn."""
         rows = [{k: dict(v) if isinstance(v, Mapping) else v for k, v in vars(part).items()} for part in parts]
         facts = {"outcome": outcome, "reason": reason, "leave": leave, "failure": run.failure, **run.ended}
-        self.fenced(run, "write", parts=json.dumps(rows), **facts)
+        row = self.renew(run, self.settings.call_timeout, "write", parts=json.dumps(rows), **facts)
         run.state, run.creating, run.failure = "sending", False, None
+        run.next_part = row if row["id"] else None
 
-    def finish(self, run: Run) -> dict[str, Any]:
-        """End the turn; what arrived meanwhile becomes the next one. Returns outcome, parts sent and seconds."""
-        facts = {"id": run.id, "a": run.attempt, "burst": self.settings.burst_seconds}
-        tries = (self.db.one("finish", **facts) for _ in range(FINISHES))
-        row: dict[str, Any] = touched(next(filter(None, tries), None))
-        run.state, run.held = "done", False
-        if row["next"] is not None:
-            self.wake_in(row["next"])
-        return row
+    def finish(self, run: Run, part: int | None = None, sid: str | None = None) -> dict[str, Any] | None:
+        """End the turn, and note that Twilio took its last part; what arrived meanwhile becomes the next turn. Returns
+        outcome, parts sent and seconds; None where there are more parts to send: then the turn has not ended."""
+        facts = {"id": run.id, "a": run.attempt, "burst": self.settings.burst_seconds, "part": part, "sid": sid}
+        for _ in range(FINISHES):
+            row: dict[str, Any] = self.db.one("finish", **facts) or {}
+            if row["more"]:
+                return None
+            if row["outcome"]:
+                run.state, run.held = "done", False
+                if row["next"] is not None:
+                    self.wake_in(row["next"])
+                return row
+        raise LeaseLost
 
 
 # --- Workers: due rows are claimed and advanced -----------------------------------------------------------
@@ -251,6 +270,20 @@ class Workers:
         self.alarm.wake_in(seconds)
         if len(self.busy) >= self.settings.worker_threads:
             self.notify.set()
+
+    def wake(self, runs: Runs, response_id: str) -> None:
+        """The response that a run waits for has ended: a free worker takes the run at once, else it is due."""
+        free = not self.stopping and self.free.acquire(blocking=False)
+        run = None
+        try:
+            run, due = runs.wake(response_id, claim=free)
+        finally:
+            if run is not None:
+                self.claimed.put(run)
+            elif free:
+                self.free.release()
+        if due:
+            self.woken(0)
 
     def dispatch(self) -> None:
         """Claim as many due runs as there are free workers, for ever."""

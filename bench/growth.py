@@ -55,7 +55,7 @@ def figures(db: Database, tag: str) -> dict[str, float]:
     claimed: list[dict[str, Any]] = []
     costs["claim"] = median(lambda n: claimed.extend(db.all("claim", n=1, lease=600.0)))
     costs["take"] = median(lambda n: db.all("take", id=claimed[n]["id"], a=claimed[n]["attempt"], timeout=30.0))
-    costs["wake"] = median(lambda n: db.one("wake_by_response", resp=f"resp_x{tag}_{n}"))
+    costs["wake"] = median(lambda n: db.one("wake_by_response", resp=f"resp_x{tag}_{n}", lease=10.0))
     costs["history"] = median(lambda n: db.all("history", u=claimed[n]["user_phone"], n=20, run=None, advisors=[]))
     costs["health"] = median(lambda n: db.all("open_runs"))
     db.rows("DELETE FROM runs WHERE held")

@@ -238,7 +238,7 @@ def test_statement_gives_way_to_a_message_that_arrives_but_not_one_that_writes_d
         with db.arrival():
             worker = pool.submit(work)
             db.hurried("get", key="schema_version")
-            assert db.one("sent", id=1, sid="SM1") is None
+            assert db.one("save_output", id="call_1", output="{}", ok=True, ms=1) is None
             time.sleep(0.03)
             ended.append("message")
         worker.result()
@@ -325,7 +325,7 @@ def test_worker_that_lost_its_lease_touches_no_row(db: Database) -> None:
     assert db.one("renew", **fence, lease=99.0) is None
     assert db.one("put_down", **fence, seconds=0.0, seen=0, tries=0, creating=False, failure=None) is None
     assert db.one("rotate", **fence, failure="x") is None
-    assert db.one("finish", **fence, burst=0.0) is None
+    assert (db.one("finish", **fence, burst=0.0, part=None, sid=None) or {})["outcome"] is None
     assert db.one("save_thread", **fence, thread="conv_x") is None
     assert db.rows("SELECT state, held, attempt FROM runs") == [
         {"state": "queued", "held": True, "attempt": new["attempt"]}
@@ -353,19 +353,98 @@ def test_create_of_unknown_outcome_stays_unknown_to_whoever_only_gives_the_run_b
     assert db.rows("SELECT creating, held FROM runs") == [{"creating": True, "held": False}]
 
 
+def waiting(db: Database) -> dict[str, Any]:
+    """The fence of a run that has been put down with response resp_1 under way."""
+    received(db)
+    (run,) = db.all("claim", n=1, lease=10.0)
+    fence = {"id": run["id"], "a": run["attempt"]}
+    db.all("take", **fence, timeout=30.0)
+    facts = {"model": "m", "rounds": 0, "held": False, "net": 5.0, "assistant": "cursos", "u": ANA, "thread": "conv_1"}
+    assert db.one("save_response", **fence, resp="resp_1", **facts)
+    return fence
+
+
+WRITTEN = {"outcome": "answered", "reason": None, "leave": False, "failure": None, "lease": 10.0, "resp": None,
+           "status": None, "i": None, "o": None}  # fmt: skip
+
+
+def test_run_whose_response_ended_is_claimed_by_one_webhook_only(db: Database) -> None:
+    fence = waiting(db)
+    with ThreadPoolExecutor(8) as pool:
+        woken = list(pool.map(lambda _: db.one("wake_by_response", resp="resp_1", lease=10.0), range(8)))
+    (ours,) = [row for row in woken if row and row["ours"]]
+    assert (ours["attempt"], ours["crashes"], [row["body"] for row in ours["turn"]]) == (fence["a"] + 1, 0, ["hola"])
+    assert not any(row["due"] for row in woken if row and row is not ours)
+    assert db.all("claim", n=5, lease=10.0) == []
+    assert db.one("put_down", **fence, seconds=0.0, seen=0, tries=0, creating=False, failure=None) is None
+    assert db.rows("SELECT wakes, held FROM runs") == [{"wakes": 8, "held": True}]
+
+
+def test_run_whose_response_ended_is_due_for_others_where_no_worker_is_free(db: Database) -> None:
+    fence = waiting(db)
+    row = db.one("wake_by_response", resp="resp_1", lease=None)
+    assert row and (row["due"], row["ours"], row["turn"]) == (True, False, None)
+    (run,) = db.all("claim", n=5, lease=10.0)
+    assert (run["id"], run["attempt"]) == (fence["id"], fence["a"] + 1)
+
+
+def test_first_part_may_leave_as_soon_as_it_is_written(db: Database) -> None:
+    fence = waiting(db)
+    part = db.one("write", **fence, parts='[{"text": "uno"}, {"text": "dos"}]', **WRITTEN)
+    assert part and (part["body"], part["address"], part["late"], part["sends"]) == ("uno", ANA, False, 1)
+    shown = "SELECT body, state, sent_to, sending_at IS NULL AS idle FROM messages WHERE state IS NOT NULL ORDER BY id"
+    rows = db.rows(shown)
+    assert rows == [
+        {"body": "uno", "state": "sending", "sent_to": ANA, "idle": False},
+        {"body": "dos", "state": "queued", "sent_to": None, "idle": True},
+    ]
+    row = db.one("finish", **fence, burst=0.0, part=part["id"], sid="SMuno")
+    assert row and row["more"] and row["outcome"] is None
+    assert db.rows("SELECT state FROM runs") == [{"state": "sending"}]
+
+
+def test_part_that_a_tool_put_before_the_reply_leaves_first(db: Database) -> None:
+    fence = waiting(db)
+    more = {"media": None, "content": None, "variables": None}
+    db.one("queue_part", run=fence["id"], to=ANA, text="antes", **more)
+    row = db.one("write", **fence, parts='[{"text": "respuesta"}]', **WRITTEN)
+    assert row and row["id"] is None
+    part = db.one("next_part", **fence, lease=10.0)
+    assert part and part["body"] == "antes"
+
+
+def test_reply_to_somebody_who_left_meanwhile_is_not_marked_for_sending(db: Database) -> None:
+    fence = waiting(db)
+    db.rows("UPDATE users SET mode = 'out' RETURNING mode")
+    row = db.one("write", **fence, parts='[{"text": "respuesta"}]', **WRITTEN)
+    assert row and row["id"] is None
+    part = db.one("next_part", **fence, lease=10.0)
+    assert part and part["state"] == "withheld"
+
+
+def test_worker_that_lost_its_lease_writes_no_reply_but_notes_what_was_sent(db: Database) -> None:
+    fence = waiting(db)
+    part = db.one("write", **fence, parts='[{"text": "uno"}]', **WRITTEN)
+    db.rows("UPDATE runs SET attempt = attempt + 1 RETURNING id")
+    assert part and db.one("write", **fence, parts='[{"text": "otra"}]', **WRITTEN) is None
+    row = db.one("finish", **fence, burst=0.0, part=part["id"], sid="SMuno")
+    assert row and (row["more"], row["outcome"]) == (False, None)
+    rows = db.rows("SELECT m.body, m.state, m.sid, r.state AS run FROM messages m JOIN runs r ON r.id = m.run_id"
+                   " WHERE direction = 'out'")  # fmt: skip
+    assert rows == [{"body": "uno", "state": "sent", "sid": "SMuno", "run": "sending"}]
+
+
 def test_callback_that_comes_while_the_run_ends_is_counted(db: Database) -> None:
     received(db)
     (run,) = db.all("claim", n=1, lease=10.0)
     fence = {"id": run["id"], "a": run["attempt"]}
     db.all("take", **fence, timeout=30.0)
-    ended = {"resp": None, "status": None, "i": None, "o": None, "failure": None}
-    db.one("write", **fence, parts='[{"text": "hola"}]', outcome="answered", reason=None, leave=False, **ended)
-    part = db.one("next_part", **fence, lease=10.0)
-    assert part and db.one("sent", id=part["id"], sid="SM2")
+    part = db.one("write", **fence, parts='[{"text": "hola"}]', **WRITTEN)
+    assert part and part["state"] == "sending"
     told = {"id": part["id"], "sid": "SM2", "state": "undelivered", "code": 63016, "gone": True}
     with ThreadPoolExecutor(1) as pool, db.connection() as connection:
         connection.run("BEGIN")
-        connection.prepare(QUERIES["finish"]).run(**fence, burst=0.0)
+        connection.prepare(QUERIES["finish"]).run(**fence, burst=0.0, part=part["id"], sid="SM2")
         callback = pool.submit(db.one, "part_status", **told)
         waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         while not db.rows(waits):
@@ -381,7 +460,7 @@ def test_message_that_comes_at_the_last_moment_becomes_the_next_turn(db: Databas
     (run,) = db.all("claim", n=1, lease=10.0)
     db.all("take", id=run["id"], a=run["attempt"], timeout=30.0)
     received(db, "SM2")
-    assert db.one("finish", id=run["id"], a=run["attempt"], burst=0.0)
+    assert db.one("finish", id=run["id"], a=run["attempt"], burst=0.0, part=None, sid=None)
     states = db.rows("SELECT state, pending FROM runs ORDER BY id")
     assert states == [{"state": "done", "pending": 1}, {"state": "queued", "pending": 1}]
 

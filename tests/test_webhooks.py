@@ -417,14 +417,14 @@ def test_callback_before_the_sender_saved_the_sid_supplies_it(web: Hilo) -> None
     number = part(web)
     call_back(web, number, "sent", sid="SMtemprano")
     assert state(web, number)["sid"] == "SMtemprano"
-    web.db.one("sent", id=number, sid="SMtemprano")
+    web.db.one("finish", id=0, a=0, burst=0.0, part=number, sid="SMtemprano")
     assert state(web, number) == {"state": "sent", "sid": "SMtemprano", "error_code": None}
 
 
 def test_sender_that_saves_late_does_not_lower_the_state(web: Hilo) -> None:
     number = part(web)
     call_back(web, number, "delivered", sid="SMrapido")
-    web.db.one("sent", id=number, sid="SMrapido")
+    web.db.one("finish", id=0, a=0, burst=0.0, part=number, sid="SMrapido")
     assert state(web, number)["state"] == "delivered"
 
 
