@@ -306,6 +306,7 @@ def start_log(settings: Settings, stream: Any = None) -> None:
     handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(LogFormat(settings.secrets()))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for every request that waits for a thread
     level = settings.get("LOG_LEVEL", "INFO").upper()
     if level not in logging.getLevelNamesMapping():
         raise ConfigurationError(f"LOG_LEVEL={level!r} cannot be used: it needs DEBUG, INFO, WARNING or ERROR")

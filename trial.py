@@ -240,7 +240,6 @@ def chat(options: argparse.Namespace) -> int:
 def show_log(settings: Settings, wanted: bool) -> None:
     """Send the log to stderr: all of it where it is wanted, else what is worth a warning."""
     start_log(settings, sys.stderr)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     if not wanted:
         log.setLevel(logging.WARNING)
 
