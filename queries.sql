@@ -205,8 +205,8 @@ FROM r LEFT JOIN p ON p.state = 'sending' LEFT JOIN n ON true
 
 -- name: queue_part
 -- Only where the run is open. A part that it has already is not queued again: a tool or a hook may run a second time
--- after a crash.
-WITH r AS (SELECT id FROM runs WHERE id = :run AND state <> 'done' FOR SHARE),
+-- after a crash. Raises wakes: a run that ends at this moment counts its parts again.
+WITH r AS (UPDATE runs SET wakes = wakes + 1 WHERE id = :run AND state <> 'done' RETURNING id),
 x AS (SELECT :to::text AS user_phone, :text::text AS body, r.id AS run_id, :media::text AS media_url,
     :content::text AS content_sid, :variables::jsonb AS variables FROM r),
 i AS (

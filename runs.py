@@ -247,7 +247,7 @@ class Workers:
         self.notify = threading.Event()
         self.me = uuid.uuid4().hex  # of this process, in what it tells others
         self.listening: Any = None
-        self.started = self.stopping = False
+        self.started = self.warm = self.stopping = False
         self.trouble = ""  # why no runs can be claimed; "": they can
         self.ended = threading.Event()
 
@@ -273,14 +273,18 @@ class Workers:
 
     def wake(self, runs: Runs, response_id: str) -> None:
         """The response that a run waits for has ended: a free worker takes the run at once, else it is due."""
-        free = not self.stopping and self.free.acquire(blocking=False)
+        free = self.warm and not self.stopping and self.free.acquire(blocking=False)
         run = None
         try:
             run, due = runs.wake(response_id, claim=free)
-        finally:
-            if run is not None:
+            if run is not None and not self.stopping:
                 self.claimed.put(run)
-            elif free:
+                free = False  # the worker's business from now on
+            elif run is not None:  # nobody takes it here any more
+                with contextlib.suppress(LeaseLost):
+                    runs.put_down(run, 0)
+        finally:
+            if free:
                 self.free.release()
         if due:
             self.woken(0)
@@ -288,6 +292,7 @@ class Workers:
     def dispatch(self) -> None:
         """Claim as many due runs as there are free workers, for ever."""
         self.journey.warm()
+        self.warm = True
         while not self.stopping:
             self.alarm.wait()
             if not self.free.acquire(blocking=False):

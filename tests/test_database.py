@@ -10,6 +10,7 @@ import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +454,27 @@ def test_callback_that_comes_while_the_run_ends_is_counted(db: Database) -> None
         row = callback.result(10)
     assert row and (row["done"], row["wake"]) == (True, False)
     assert db.rows("SELECT outcome, reason FROM runs") == [{"outcome": "undelivered", "reason": "63016"}]
+
+
+def test_part_that_a_tool_adds_while_the_run_ends_is_not_forgotten(db: Database) -> None:
+    fence = waiting(db)
+    part = db.one("write", **fence, parts='[{"text": "uno"}]', **WRITTEN)
+    assert part
+    late = {"run": fence["id"], "to": ANA, "text": "tarde", "media": None, "content": None, "variables": None}
+    end = partial(db.one, "finish", **fence, burst=0.0, part=part["id"], sid="SM2")
+    with ThreadPoolExecutor(1) as pool, db.connection() as connection:
+        connection.run("BEGIN")
+        connection.prepare(QUERIES["queue_part"]).run(**late)
+        first = pool.submit(end)
+        waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        while not db.rows(waits):
+            threading.Event().wait(0.01)
+        connection.run("COMMIT")
+        row = first.result(10)
+    assert row and row["outcome"] is None
+    again = end()
+    assert again and (again["more"], again["outcome"]) == (True, None)
+    assert db.rows("SELECT state FROM runs") == [{"state": "sending"}]
 
 
 def test_message_that_comes_at_the_last_moment_becomes_the_next_turn(db: Database) -> None:
