@@ -70,6 +70,7 @@ class Entry:
     """A message on its way into the database."""
 
     message: dict[str, Any]
+    called: threading.Condition  # when it is settled, or may be first
     settled: bool = False
     run: dict[str, Any] | None = None
     alone: bool = False  # it could not be stored with others, or need not wait for them any longer
@@ -81,23 +82,23 @@ class Inbox:
 
     def __init__(self, db: Database):
         self.db = db
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
         self.waiting: list[Entry] = []
         self.leading = False  # a commit is under way
 
     def store(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Commit a message; return its run, None where its sid is known. Raises DatabaseDown, then it may be stored or
         not, or DatabaseFault. Takes two times HURRY and a little at most."""
-        entry, batch, end = Entry(message), [], time.monotonic() + self.db.HURRY
-        with self.changed:
+        entry, batch, end = Entry(message, threading.Condition(self.lock)), [], time.monotonic() + self.db.HURRY
+        with self.lock:
             self.waiting.append(entry)
-            self.changed.wait_for(lambda: entry.settled or not self.leading, OTHERS)
+            entry.called.wait_for(lambda: entry.settled or not self.leading, OTHERS)
             if not self.leading and not entry.settled:
                 self.leading, batch, self.waiting = True, self.waiting, []
             elif entry in self.waiting:  # a commit that hangs is not everybody's
                 self.waiting.remove(entry)
                 entry.alone = True
-            elif not self.changed.wait_for(lambda: entry.settled, 2 * self.db.HURRY):
+            elif not entry.called.wait_for(lambda: entry.settled, 2 * self.db.HURRY):
                 raise DatabaseDown("does not answer")
         if batch:
             self.commit(batch)
@@ -121,11 +122,12 @@ class Inbox:
             for entry in entries:
                 entry.alone = True
         finally:
-            with self.changed:
+            with self.lock:
                 self.leading = False
                 for entry in entries:
                     entry.settled = True
-                self.changed.notify_all()
+                for entry in [*entries, *self.waiting[:1]]:
+                    entry.called.notify()
 
     def store_alone(self, entry: Entry, end: float) -> dict[str, Any] | None:
         """Store one message and return its run. While its user's row is locked it holds no connection, and tries again

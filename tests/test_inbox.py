@@ -36,9 +36,7 @@ def at_once(inbox: Inbox, messages: list[dict[str, Any]]) -> list[Future[Any]]:
         for each in messages:
             stored.append(pool.submit(inbox.store, each))
             wait_for(lambda: len(inbox.waiting) == len(stored))
-        with inbox.changed:
-            inbox.leading = False
-            inbox.changed.notify_all()
+        inbox.commit([])  # it ends
     return stored
 
 
@@ -129,7 +127,7 @@ def test_who_was_stored_by_another_thread_learns_it_though_the_next_commit_hangs
     with ThreadPoolExecutor(1) as pool:
         stored = pool.submit(inbox.store, message(ANA, "SM1"))
         wait_for(lambda: inbox.waiting)
-        with inbox.changed:
+        with inbox.lock:
             batch, inbox.waiting = inbox.waiting, []
             inbox.commit(batch)
             inbox.leading = True  # and stays so
