@@ -29,7 +29,7 @@ only_root = pytest.mark.skipif(NOBODY is None, reason="only root's server runs a
 
 # What the children have in common: `database` is theirs, `say` reaches the parent, `hear` waits for it.
 CHILD = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 import localdb
@@ -41,6 +41,7 @@ def connect(database):
 
 def say(text): print(text, flush=True)
 hear = sys.stdin.readline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts in the background may ignore it, and pass that on
 directory = Path(sys.argv[1])
 """
 
