@@ -9,8 +9,9 @@ SELECT * FROM receive_messages(:messages::jsonb, :patience)
 
 -- name: claim
 WITH c AS MATERIALIZED (
-    SELECT id, held FROM runs WHERE state <> 'done' AND due_at <= now()
-    ORDER BY due_at LIMIT (SELECT :n::int) FOR NO KEY UPDATE SKIP LOCKED) -- one plan for any number
+    SELECT id, held FROM (SELECT id, held FROM runs WHERE state <> 'done' AND due_at <= now()
+        ORDER BY due_at LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED) x -- a few, as the planner has to know
+    LIMIT (SELECT :n::int)) -- one plan for any number; only those that come out here are locked
 UPDATE runs r SET held = true, attempt = r.attempt + 1, crashes = CASE WHEN c.held THEN r.crashes + 1 ELSE 0 END,
     due_at = now() + :lease::float8 * interval '1 s'
 FROM c, users u WHERE r.id = c.id AND u.user_phone = r.user_phone
