@@ -335,6 +335,10 @@ class Chat:
             assert time.monotonic() < end, f"not within {PATIENCE} s: {expression}"
             self.page.wait_for_timeout(50)
 
+    def gone(self, selector: str) -> None:
+        """Wait until there is no such element."""
+        self.page.wait_for_selector(selector, state="detached")
+
     def answer(self, text: str) -> Any:
         return self.see(".message.hilo:not(.typing)", text)
 
@@ -370,8 +374,8 @@ def test_a_text_is_ticked_answered_and_formatted(chat: Chat, twilio: Simulator, 
     echo.may_answer.clear()
     chat.write("¿Tienen cursos de *inglés*?")
     chat.see(".message.typing")
-    assert chat.page.inner_text("#presence") == "escribiendo…"
-    assert chat.see(".message.user .tick").get_attribute("aria-label") == "Leído"
+    chat.see("#presence", "escribiendo…")
+    chat.see(".message.user .tick[aria-label=Leído]")
     echo.may_answer.set()
     answer = chat.answer("Inglés básico")
     assert answer.locator("strong").inner_text() == "Inglés básico" and answer.locator("s").inner_text() == "$2,400"
@@ -379,7 +383,7 @@ def test_a_text_is_ticked_answered_and_formatted(chat: Chat, twilio: Simulator, 
     assert answer.locator("a").get_attribute("href") == "https://hilo.example/cursos"
     assert "<img src=x onerror=alert(1)>" in answer.inner_text() and answer.locator("img").count() == 0
     assert "2*3*4 snake_case_name" in answer.inner_text() and answer.locator("blockquote").count() == 1
-    assert chat.page.locator(".message.typing").count() == 0
+    chat.gone(".message.typing")
     twilio.wait_until(lambda: twilio.sent_to(ANA)[0].status == "read")
 
 
@@ -400,17 +404,17 @@ def test_each_person_has_a_conversation_of_their_own(chat: Chat, twilio: Simulat
     chat.write("soy Ana")
     chat.answer("Inglés básico")
     chat.choose("Luis Ortega")
-    assert chat.page.locator(".message").count() == 0
+    chat.gone(".message")
     echo.may_answer.clear()
     chat.write("soy Luis")
     chat.see(".message.typing")
     chat.choose("Ana Torres")
     chat.answer("Inglés básico")
-    assert chat.page.locator(".message.typing").count() == 0
+    chat.gone(".message.typing")
     if chat.is_phone:
         chat.page.click("#show-people")
     echo.may_answer.set()
-    assert chat.see(".person:has-text('Luis Ortega') .badge").inner_text() == "1"
+    chat.see(".person:has-text('Luis Ortega') .badge", "1")
     assert [message.body for message in twilio.messages if message.from_ == LUIS] == ["soy Luis"]
 
 
@@ -491,7 +495,7 @@ def test_a_message_is_answered_by_mouse_by_touch_and_by_keyboard(
         answer.locator(".answer").click()
     assert chat.see("#quote").inner_text().startswith("Hilo\nInglés básico (en línea), $2,400 HOLA10")
     chat.page.keyboard.press("Escape")
-    assert chat.page.locator("#quote").is_hidden()
+    chat.gone("#quote:visible")
     chat.page.focus("#messages")
     for key in ("ArrowUp", "ArrowUp", "Enter"):
         chat.page.keyboard.press(key)
@@ -501,7 +505,7 @@ def test_a_message_is_answered_by_mouse_by_touch_and_by_keyboard(
     twilio.wait_for(ANA, 2)
     form = receiver.forms[1]
     assert (form["OriginalRepliedMessageSid"], form["OriginalRepliedMessageSender"]) == (twilio.messages[0].sid, ANA)
-    assert chat.page.locator("#quote").is_hidden()
+    chat.gone("#quote:visible")
     chat.page.reload()
     chat.see(".message.user .quoted", "hola_mundo")
 
@@ -526,7 +530,7 @@ def test_the_side_pane_shows_runs_calls_and_a_plugin_that_does_not_load(chat: Ch
     assert "12 ms" in run.inner_text()
     chat.open_side("plugins")
     assert "línea 12" in chat.see(".plugin.broken").inner_text()
-    assert chat.page.get_attribute("#tab-plugins", "data-alert") == "1"
+    chat.see("#tab-plugins[data-alert='1']")
 
 
 def test_troubles_show_what_the_user_would_get(chat: Chat, twilio: Simulator, killed: list[str]) -> None:
@@ -535,7 +539,7 @@ def test_troubles_show_what_the_user_would_get(chat: Chat, twilio: Simulator, ki
     chat.close_side()
     chat.write("¿hola?")
     chat.see("#toast", "El gateway no contestó al webhook")
-    assert chat.see(".message.user .tick").get_attribute("aria-label") == "Enviado"
+    chat.see(".message.user .tick[aria-label=Enviado]")
     chat.open_side("trouble")
     chat.until("document.querySelector('[data-key=webhook_lost] input[value=off]').checked")
     chat.page.check("[data-key=send_63016] input[value=once]")
@@ -667,7 +671,7 @@ def test_a_conversation_with_the_gateway_is_answered_and_told_beside_it(
     assert "Inglés básico" in chat.answer("¿De cuál te cuento más?").locator("strong").all_inner_texts()
     chat.write("Cuéntame del básico 🙏")
     assert chat.answer("Inscríbete aquí").locator("a").count() == 1
-    assert chat.see(".message.user .tick[aria-label=Leído]").is_visible()
+    chat.see(".message.user .tick[aria-label=Leído]")
     chat.open_side("runs")
     run = chat.see(".run[data-state=done]", "buscar_curso")
     assert "respondida" in run.inner_text() and "conv_" in chat.page.inner_text("#panel-runs .about")
@@ -714,7 +718,7 @@ def test_the_demo_answers_texts_and_voice_notes_and_tells_of_its_runs(
         chat.choose("Sofía Méndez")
     chat.write("inglés")
     assert "Inglés básico" in chat.answer("Encontré").inner_text()
-    assert chat.see(".message.user .tick").get_attribute("aria-label") == "Leído"
+    chat.see(".message.user .tick[aria-label=Leído]")
     chat.open_side("runs")
     run = chat.see(".run[data-state=done]", "buscar_curso")
     run.locator("summary").click()
