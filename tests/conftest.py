@@ -121,8 +121,9 @@ class Server:
         return name
 
     def hasten(self) -> None:
-        """Wait for no disk: this server need not outlive the machine. Those that tests kill do."""
-        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+        """Wait for no disk: this server need not outlive the machine. Those that tests kill do. Nor does it do anything
+        by itself, so that a database which nobody uses stays as it is."""
+        for setting in ("fsync", "synchronous_commit", "full_page_writes", "autovacuum"):
             self.run(f"ALTER SYSTEM SET {setting} = off")
         self.run("SELECT pg_reload_conf()")
         self.how = "STRATEGY FILE_COPY"

@@ -564,6 +564,7 @@ def test_a_new_person_can_be_played(chat: Chat, twilio: Simulator) -> None:
     chat.page.fill("#dialog-person [name=phone]", "+52 1 33 9999 0000")
     chat.page.click("#dialog-person .primary")
     chat.see("#as-whom", "Eva Ruiz")
+    chat.gone("dialog[open]")
     chat.write("hola")
     chat.answer("Inglés básico")
     assert twilio.messages[0].from_ == "whatsapp:+5213399990000"
