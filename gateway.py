@@ -67,7 +67,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 VERSION = "1.0.0"
-CREATE_TIMEOUT = 30.0  # seconds; less where the deadline is nearer, and never longer than the process lives
 TOOL_ROUNDS = 8  # responses of one run that may end in tool calls
 TOOL_OUTPUT = 40_000  # characters of a tool's output that the model gets
 TRIES = 3  # responses of one run that may come to nothing before the fallback answers
@@ -191,22 +190,20 @@ class ThreadsAdapter:
             raise ValueError("no event")
         return event
 
-    def get_or_create_thread_id(self, run: Run) -> str:
-        """Return the user's conversation; a new one is told the last messages of our own transcript."""
+    def get_or_create_thread_id(self, run: Run, save: Callable[[str], None]) -> str:
+        """Return the user's conversation; a new one is told the last messages of our own transcript, and saved."""
         known = run.turn[0]["thread_id"]
         if known and known.startswith("conv_"):
             run.log.info("🧵 Thread ID: %s (reused)", known)
             return known
         if known:
             run.log.warning("⚠️ thread %s is of the Assistants API, which is gone: replaced", known)
-        seeds = [
-            {"type": "message", "role": turn.role, "content": turn.text[:4000]}
-            for turn in history(self.db, self.settings, run.user_phone, SEED_MESSAGES, run.id)
-        ]
+        told = history(self.db, self.settings, run.user_phone, SEED_MESSAGES, run.id) if run.turn[0]["told"] else []
+        seeds = [{"type": "message", "role": turn.role, "content": turn.text[:4000]} for turn in told]
         with self.lane() as client:
             raw = client.conversations.with_raw_response.create(extra_body={"items": seeds}, timeout=run.patience)
         thread_id = str(parsed(raw).id)
-        touched(self.db.one("save_thread", thread=thread_id, id=run.id, a=run.attempt))
+        save(thread_id)
         run.log.info("🧵 Thread ID: %s (created, %d messages told)", thread_id, len(seeds))
         return thread_id
 
@@ -470,18 +467,23 @@ class Journey:
             content = items()
             if run.state == "queued":
                 self.runs.renew_if_short(run)
-                run.thread_id = self.threads.get_or_create_thread_id(run)
+                save = partial(self.begin_create, run, assistant, "save_thread")
+                run.thread_id = self.threads.get_or_create_thread_id(run, save)
                 step("thread", run)
-            seconds = min(CREATE_TIMEOUT, max(1.0, run.seconds_left))
-            lease = min(seconds, self.settings.call_timeout)  # lengthened by Workers.keep while this process lives
-            self.runs.renew(run, lease, "begin_create", thread=run.thread_id, assistant=assistant.name)
-            run.creating = True
-            run.check_lease(lease)
-            response = self.threads.start_run(run, assistant, content, seconds)
+            if not run.creating:
+                self.begin_create(run, assistant, "begin_create", run.thread_id)
+            response = self.threads.start_run(run, assistant, content, run.create_timeout)
         except openai.APIError as error:
             return self.mend(run, error)
         step("created", run)
         self.save_response(run, assistant, response, round_)
+
+    def begin_create(self, run: Run, assistant: Assistant, statement: str, thread_id: str | None) -> None:
+        """Mark the row: from here on a response may exist that nobody knows of."""
+        lease = min(run.create_timeout, self.settings.call_timeout)  # Workers.keep lengthens it
+        self.runs.renew(run, lease, statement, thread=thread_id, assistant=assistant.name)
+        run.creating = True
+        run.check_lease(lease)
 
     def save_response(self, run: Run, assistant: Assistant, response: Response, round_: int) -> None:
         """Save a response's id; one that is at its end already is looked at without putting the run down."""

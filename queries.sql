@@ -38,6 +38,7 @@ SELECT x.id, x.sid, x.user_phone, x.body, x.raw, x.opt, x.input, x.reply, x.at,
     extract(epoch FROM (SELECT deadline FROM u) - now())::float8 AS "left",
     (SELECT thread_id FROM oa_threads_map o WHERE o.user_phone = x.user_phone) AS thread_id,
     (SELECT seed_after FROM users v WHERE v.user_phone = x.user_phone) AS seed_after,
+    (SELECT true FROM messages o WHERE o.user_phone = x.user_phone AND o.run_id <> :id LIMIT 1) AS told,
     (SELECT written_at FROM runs o WHERE o.user_phone = x.user_phone AND o.id < :id AND o.outcome IN ('answered', 'fallback')
         ORDER BY o.id DESC LIMIT 1) AS answered_at
 FROM (SELECT * FROM t UNION ALL SELECT m.* FROM messages m WHERE m.run_id = (SELECT id FROM r) AND m.direction = 'in') x
@@ -63,8 +64,12 @@ UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
 WHERE id = :id AND attempt = :a AND state <> 'done' RETURNING id
 
 -- name: save_thread
--- A conversation that was made for a run which somebody else has now, or which was forgotten, is deleted at OpenAI.
-WITH r AS (SELECT user_phone FROM runs WHERE id = :id AND attempt = :a FOR NO KEY UPDATE),
+-- As begin_create, with a new conversation. One that was made for a run which somebody else has now, or which was
+-- forgotten, is deleted at OpenAI.
+WITH r AS (
+    UPDATE runs SET creating = true, thread_id = :thread, assistant = :assistant,
+        due_at = now() + :lease::float8 * interval '1 s'
+    WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING user_phone),
 k AS (INSERT INTO discarded_threads (thread_id) SELECT :thread WHERE NOT EXISTS (SELECT FROM r) ON CONFLICT DO NOTHING)
 INSERT INTO oa_threads_map (user_phone, thread_id) SELECT user_phone, :thread FROM r
 ON CONFLICT (user_phone) DO UPDATE SET thread_id = excluded.thread_id, created_at = now(), last_used_at = now()

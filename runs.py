@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gateway import Journey
 
 FAULTS = (DatabaseDown, DatabaseFault)
+CREATE_TIMEOUT = 30.0  # seconds; less where the deadline is nearer, and never longer than the process lives
 FINISHES = 4  # times a run is finished again because something else woke it at that moment
 INSIST = 0.25  # seconds between attempts to write down what has happened elsewhere
 
@@ -89,6 +90,11 @@ class Run:
     def patience(self) -> float:
         """Seconds that a call which may be repeated can take within the lease and the turn's own time."""
         return min(self.call_timeout, max(0.5, self.lease_until - time.monotonic() - 0.5), max(1.0, self.seconds_left))
+
+    @property
+    def create_timeout(self) -> float:
+        """Seconds that making a response may take."""
+        return min(CREATE_TIMEOUT, max(1.0, self.seconds_left))
 
     def check_lease(self, seconds: float) -> None:
         """Raise LeaseLost when by our own clock the lease does not outlast a call of so many seconds; called just

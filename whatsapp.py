@@ -93,6 +93,10 @@ def make_transport(origin: str | None, seconds: float) -> Any:
             self.session = requests.Session()
             for scheme in ("https://", "http://"):
                 self.session.mount(scheme, HTTPAdapter(pool_maxsize=64))
+            # What the environment says of proxies and certificates is read once, not for every call.
+            known = self.session.merge_environment_settings(origin or "https://api.twilio.com", {}, None, None, None)
+            self.session.proxies, self.session.verify = known["proxies"], known["verify"]
+            self.session.trust_env = False
 
         def request(self, method: str, url: str, params: Any = None, data: Any = None, headers: Any = None,
                     auth: Any = None, timeout: float | None = None, allow_redirects: bool = False) -> Any:  # fmt: skip

@@ -327,7 +327,7 @@ def test_worker_that_lost_its_lease_touches_no_row(db: Database) -> None:
     assert db.one("put_down", **fence, seconds=0.0, seen=0, tries=0, creating=False, failure=None) is None
     assert db.one("rotate", **fence, failure="x") is None
     assert (db.one("finish", **fence, burst=0.0, part=None, sid=None) or {})["outcome"] is None
-    assert db.one("save_thread", **fence, thread="conv_x") is None
+    assert db.one("save_thread", **fence, lease=99.0, thread="conv_x", assistant="cursos") is None
     assert db.rows("SELECT state, held, attempt FROM runs") == [
         {"state": "queued", "held": True, "attempt": new["attempt"]}
     ]
