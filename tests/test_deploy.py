@@ -305,16 +305,16 @@ def test_password_rotated_under_way_loses_no_message_and_the_restart_with_the_ne
 def test_connections_cut_under_load_are_opened_again_and_every_message_is_answered_once(
     hilo: Hilo, twilio: Simulator
 ) -> None:
-    users = USERS[:40]
-    with ThreadPoolExecutor(4) as pool:
+    users, at_once, cuts = USERS[:40], 4, range(8, 40, 8)
+    with ThreadPoolExecutor(at_once) as pool:
         sent = [pool.submit(twilio.receive, user, "hola") for user in users]
-        for count in range(8, len(users), 8):
+        for count in cuts:
             wait_for(partial(lambda least: sum(future.done() for future in sent) >= least, count), 30)
             sql(url_of(hilo), CUT)
         assert {future.result().status for future in sent} == {200}
     # A webhook whose connection was cut apologises, and that message is fetched from Twilio's list a minute later.
     sorry = {user for user in users if any(m.direction == "outbound-reply" for m in twilio.sent_to(user))}
-    assert len(sorry) <= 8
+    assert len(sorry) <= len(cuts) * at_once  # messages that come at one time share a commit
     hilo.done(len(users) - len(sorry), 30)
     stored = {row["user_phone"] for row in hilo.rows("SELECT user_phone FROM runs")}
     assert stored | sorry == set(users)
