@@ -65,6 +65,10 @@ class DatabaseFull(DatabaseDown):
     """The server, or the plan, allows no more connections at this time."""
 
 
+class Cut(DatabaseDown):
+    """The connection broke while a statement was under way, which may have been done or not."""
+
+
 class AllInUse(DatabaseDown):
     """Others of this process use all connections of the pool, which says nothing of the server."""
 
@@ -285,14 +289,14 @@ class Database:
         except (pg8000.native.InterfaceError, OSError) as error:
             discard(lent)
             connection = None
-            raise DatabaseDown(fault_of(error)) from None
+            raise Cut(fault_of(error)) from None
         except pg8000.native.DatabaseError as error:
             fields = error.args[0] if error.args and isinstance(error.args[0], dict) else {}
             if fields.get("C") not in self.LOST:
                 raise DatabaseFault(fields.get("C", "?"), fields.get("n", "")) from None
             discard(connection)
             connection = None
-            raise DatabaseDown(f"SQLSTATE {fields.get('C')}") from None
+            raise Cut(f"SQLSTATE {fields.get('C')}") from None
         except ValueError:  # the caller's mistake, found before anything was sent
             raise
         except BaseException:  # broken off at some point of the protocol: nobody can tell what it would answer next
@@ -346,11 +350,19 @@ class Database:
 
     def hurried(self, name: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return the rows of the statement of that name in queries.sql within HURRY seconds, for somebody outside who
-        waits. A database that just failed to answer is not asked: others would wait behind who asks."""
+        waits. It must be one that may be done twice: where its connection is cut it is tried on others, which may have
+        been cut at that moment too. A database that just failed to answer is not asked: others would wait behind who
+        asks."""
         if time.monotonic() < self.hung_until:
             raise DatabaseDown("does not answer")
         end = time.monotonic() + self.HURRY
         try:
+            for _ in range(self.size):
+                try:
+                    return self.rows(QUERIES[name], params, end)
+                except Cut:
+                    if time.monotonic() >= end:
+                        raise
             return self.rows(QUERIES[name], params, end)
         except DatabaseDown as error:
             if time.monotonic() >= end and not isinstance(error, AllInUse):

@@ -931,10 +931,13 @@ class Gateway:
     def receive(self, form: Mapping[str, str], at: datetime | None = None) -> bool:
         """Store an inbound message and wake its run; False where it was known."""
         run = self.inbox.store(inbound(form, self.settings.burst_seconds, at))
-        if run:
+        if run is None:  # whoever stored it may not have come to tell when its run is due
+            self.alarm.blind = True
+            self.workers.woken(0)
+        else:
             log.debug("%s · stored", mask(form["From"]))
-        if run and not run["held"]:
-            self.workers.woken(max(0.0, run["seconds"]))
+            if not run["held"]:
+                self.workers.woken(max(0.0, run["seconds"]))
         return run is not None
 
     def app(self) -> bottle.Bottle:
