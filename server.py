@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import waitress
+from waitress.channel import HTTPChannel
 
 from settings import ConfigurationError
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from gateway import Gateway
 
 BODY_LIMIT = 64 * 1024  # bytes of a webhook's body
+
+
+class Channel(HTTPChannel):
+    """A client's connection. What little a thread is about to send is left to it: the loop would ask whether it can be
+    sent, over and over, until that thread has done so, and take the interpreter from it meanwhile."""
+
+    LITTLE = 512  # bytes
+
+    def writable(self) -> bool:
+        """Tell whether the loop has something to send, or to close."""
+        return bool(self.total_outbufs_len > self.LITTLE or not self.requests) and bool(super().writable())
 
 
 class Server:
@@ -29,6 +41,7 @@ class Server:
             )  # fmt: skip
         except OSError as error:
             raise ConfigurationError(f"PORT={port} cannot be used: {error.strerror}") from None
+        self.server.channel_class = Channel
         self.port = self.server.effective_port
         self.ended = False
         self.thread = threading.Thread(target=self.run, name="web", daemon=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import importlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import re
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -443,6 +445,44 @@ def test_hook_register_routes(install: Callable[..., None], start: Callable[...,
     assert request(hilo, "GET", "/saludo") == (200, "buenas 7")
     assert request(hilo, "GET", "/falla")[0] == 500
     assert request(hilo, "GET", "/")[0] == 200
+
+
+def test_page_that_is_made_in_pieces_leaves_in_pieces_and_a_large_one_whole(
+    install: Callable[..., None], start: Callable[..., Hilo]
+) -> None:
+    install(
+        "paquete_trozos",
+        """
+        import threading
+        from tools import hookimpl
+
+        seguir = threading.Event()
+
+        @hookimpl
+        def register_routes(app, context):
+            app.route("/trozos", callback=trozos)
+            app.route("/sigue", callback=lambda: str(seguir.set()))
+            app.route("/grande", callback=lambda: b"x" * 20_000_000)
+
+        def trozos():
+            yield b"uno,"
+            yield b"dos" if seguir.wait(10) else b"nunca"
+        """,
+    )
+    hilo = start(WORKER_THREADS="0")
+    connection = http.client.HTTPConnection("127.0.0.1", hilo.settings.port, timeout=10)
+    connection.request("GET", "/trozos")
+    answer = connection.getresponse()
+    assert answer.read(4) == b"uno,"  # while the thread that makes the next one waits
+    assert request(hilo, "GET", "/sigue")[0] == 200
+    assert answer.read() == b"dos"
+    connection.close()
+    connection = http.client.HTTPConnection("127.0.0.1", hilo.settings.port, timeout=10)
+    connection.request("GET", "/grande")
+    answer = connection.getresponse()
+    time.sleep(0.3)  # the socket's buffers are full, and the server waits for room
+    assert answer.read() == b"x" * 20_000_000
+    connection.close()
 
 
 # --- Who is asked, and in which order ---------------------------------------------------------------------
