@@ -172,24 +172,28 @@ class Database:
         self.size = self.room = connections  # how many may be open, and how many more
         self.full_until = 0.0  # monotonic: the server allowed no more just now
         self.hung_until = 0.0  # monotonic: the server did not answer just now
-        self.arriving: set[object] = set()  # messages that are not stored yet
+        self.arriving, self.counting = 0, threading.Lock()  # messages that are not stored yet
+        self.quiet = threading.Event()  # there are none
         self.for_guests = threading.Semaphore(max(1, connections - 1))
 
     @contextlib.contextmanager
     def arrival(self) -> Iterator[None]:
         """While this is open, whoever is in no hurry gives way."""
-        message = object()
-        self.arriving.add(message)
+        with self.counting:
+            self.arriving += 1
+            self.quiet.clear()
         try:
             yield
         finally:
-            self.arriving.discard(message)
+            with self.counting:
+                self.arriving -= 1
+                if not self.arriving:
+                    self.quiet.set()
 
     def give_way(self) -> None:
         """Let messages that arrive go first, for GIVE_WAY seconds: with many threads at work each of them is slow."""
-        end = time.monotonic() + self.GIVE_WAY
-        while self.arriving and time.monotonic() < end:
-            time.sleep(0.002)
+        if self.arriving:
+            self.quiet.wait(self.GIVE_WAY)
 
     def widen(self, connections: int) -> None:
         """Allow more connections, up to so many, where the server allows this role as many for PROCESSES such pools;
