@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from settings import Settings
 from tools import Media, Message, ToolError
+
+if TYPE_CHECKING:
+    import requests
 
 log = logging.getLogger("hilo")
 
@@ -114,6 +117,20 @@ def make_transport(origin: str | None, seconds: float) -> Any:
     return Transport()
 
 
+def never_left(error: requests.ConnectionError) -> str:
+    """Return why a call did not even reach Twilio, "" where it may have."""
+    from urllib3.exceptions import ConnectTimeoutError, ProxyError
+
+    reason = getattr(next(iter(error.args), None), "reason", None)
+    if isinstance(reason, ConnectTimeoutError):  # what is refused, and names that are not known, are of this kind too
+        return "no connection to Twilio"
+    if isinstance(reason, ProxyError):
+        return "no connection to the proxy"
+    if "CERTIFICATE_VERIFY_FAILED" in repr(reason):  # a company's proxy shows its own
+        return "the certificate shown for Twilio is not trusted: name its authority's file in REQUESTS_CA_BUNDLE"
+    return ""
+
+
 class WhatsApp:
     """Twilio's REST API (https://www.twilio.com/docs/messaging/api), and what came back from it."""
 
@@ -153,8 +170,8 @@ class WhatsApp:
         except TwilioRestException as error:
             raise self.judged(error) from None
         except requests.ConnectionError as error:
-            if "NewConnectionError" in repr(error) or "ConnectTimeout" in repr(error):
-                raise NotSent("no connection to Twilio", 2) from None
+            if why := never_left(error):
+                raise NotSent(why, 2) from None
             raise InDoubt("the connection broke") from None
         except (requests.RequestException, TwilioException) as error:
             raise InDoubt(type(error).__name__) from None

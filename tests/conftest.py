@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import types
@@ -193,6 +195,21 @@ def openai_server() -> Iterator[LocalOpenAI]:
 def twilio() -> Iterator[Simulator]:
     with Simulator() as simulator:
         yield simulator
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and a certificate that it signed itself, for 127.0.0.1."""
+    if not shutil.which("openssl"):
+        pytest.skip("there is no openssl here to make a certificate")
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=nobody "
+        "-addext subjectAltName=IP:127.0.0.1 -keyout -"
+    )
+    done = subprocess.run(command.split(), capture_output=True, check=True, timeout=30)
+    path.write_bytes(done.stdout)
+    return path
 
 
 class Hilo:

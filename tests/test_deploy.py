@@ -198,18 +198,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and a certificate that it signed itself."""
-    if not shutil.which("openssl"):
-        pytest.skip("there is no openssl here to make a certificate")
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=nobody -keyout -"
-    done = subprocess.run(command.split(), capture_output=True, check=True, timeout=30)
-    path.write_bytes(done.stdout)
-    return path
-
-
 @pytest.fixture
 def plan(guarded: Server) -> Iterator[str]:
     """The URL of an owner's database that is only to be had with the password."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import ssl
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
@@ -15,10 +22,10 @@ from hypothesis import strategies as st
 from inbox import opt_word
 from settings import load_settings
 from simulator import Simulator
-from tests.conftest import ANA, Hilo, wait_for
+from tests.conftest import ANA, Hilo, environment, wait_for
 from tests.local_openai import LocalOpenAI, says
 from tools import Media, Message, Part, ToolError
-from whatsapp import WhatsApp, cut, plain_input, retry_after
+from whatsapp import NotSent, WhatsApp, cut, plain_input, retry_after
 
 Start = Callable[..., Hilo]
 
@@ -50,6 +57,56 @@ def put_back(hilo: Hilo) -> None:
 def answering(hilo: Hilo, *texts: str | Part) -> None:
     """Let every message be answered by these parts."""
     hilo.plug(incoming_message=lambda message: list(texts))
+
+
+@contextlib.contextmanager
+def in_front(twilio: Simulator, certificate: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Lend the address of a server that passes calls on to Twilio, and the paths that it was asked for; with a
+    certificate it speaks TLS."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            del self.headers["Host"]
+            twilios = http.client.HTTPConnection(urlsplit(twilio.url).netloc, timeout=10)
+            twilios.request("POST", urlsplit(self.path).path, body, dict(self.headers))
+            answer = twilios.getresponse()
+            told = answer.read()
+            twilios.close()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def sent_by(twilio: Simulator, origin: str) -> str:
+    """Send one part to Ana over a client of its own; return its sid."""
+    whatsapp = WhatsApp(load_settings(environment("", twilio, None, TWILIO_API_URL=origin)))
+    part = {"id": 1, "body": "hola", "media_url": None, "content_sid": None, "variables": None}
+    try:
+        return whatsapp.send(part, ANA, twilio.number)
+    finally:
+        whatsapp.close()
 
 
 # --- Length and order -------------------------------------------------------------------------------------
@@ -344,3 +401,31 @@ def test_reply_is_quick_when_nothing_holds_it_up(hilo: Hilo, twilio: Simulator) 
     twilio.receive(ANA, "otra vez")
     twilio.wait_for(ANA, 2)
     assert time.monotonic() - began < 3  # no net of five seconds, no poll of anything
+
+
+# --- What stands between here and Twilio ------------------------------------------------------------------
+
+
+def test_calls_take_the_proxy_that_the_environment_names(twilio: Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_front(twilio) as (address, asked):
+        monkeypatch.setenv("http_proxy", f"http://{address}")
+        assert sent_by(twilio, "http://twilio.invalid") == twilio.sent_to(ANA)[0].sid
+        assert [urlsplit(path).netloc for path in asked] == ["twilio.invalid"]
+        monkeypatch.setenv("no_proxy", "twilio.invalid")
+        with pytest.raises(NotSent, match="no connection to Twilio"):  # nobody knows that name
+            sent_by(twilio, "http://twilio.invalid")
+        assert len(asked) == 1
+        monkeypatch.delenv("no_proxy")
+    with pytest.raises(NotSent, match="no connection to the proxy"):
+        sent_by(twilio, "http://twilio.invalid")
+
+
+def test_certificates_that_the_environment_names_are_trusted_and_no_others(
+    twilio: Simulator, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_front(twilio, certificate) as (address, asked):
+        with pytest.raises(NotSent, match=r"certificate .*REQUESTS_CA_BUNDLE"):
+            sent_by(twilio, f"https://{address}")
+        assert asked == []
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        assert sent_by(twilio, f"https://{address}") == twilio.sent_to(ANA)[0].sid
