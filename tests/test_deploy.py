@@ -140,7 +140,29 @@ def test_release_that_cannot_migrate_ends_with_1_and_says_why(checkout: Path, po
 # --- DATABASE_URL as Heroku gives it ----------------------------------------------------------------------
 
 
-class Tls:
+class Front:
+    """A TCP port in front of a PostgreSQL."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+
+    def serve(self, client: socket.socket) -> None:
+        """Stand between a client and the server until one of them goes."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+class Tls(Front):
     """A TCP port with TLS, and a certificate that nobody vouches for, in front of a PostgreSQL on a Unix socket
     (https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL)."""
 
@@ -150,16 +172,8 @@ class Tls:
         self.socket_path, self.offered = socket_path, offered
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(certificate)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
         self.encrypted = 0  # connections
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+        super().__init__()
 
     def serve(self, client: socket.socket) -> None:
         """Answer the request for TLS, then pass everything on, both ways."""
@@ -181,9 +195,6 @@ class Tls:
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.listener.close()
 
 
 @pytest.fixture(scope="module")
@@ -305,22 +316,14 @@ def test_connections_cut_under_load_are_opened_again_and_every_message_is_answer
     assert answers(twilio, users) == {user: ["Eco: hola"] for user in users}  # nobody was told of an outage
 
 
-class Relay:
+class Relay(Front):
     """A TCP port in front of a database. What `lost` names reaches the database, and the answer does not come back: the
     connection is cut."""
 
     def __init__(self, url: str):
-        self.options = connection_options(url)
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = at_port(url, self.listener.getsockname()[1])
-        self.lost = b""
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                threading.Thread(target=self.serve, args=(client,), daemon=True).start()
+        self.options, self.lost = connection_options(url), b""
+        super().__init__()
+        self.url = at_port(url, self.port)
 
     def connect(self) -> socket.socket:
         """Return a connection to the database itself."""
@@ -344,9 +347,6 @@ class Relay:
                         self.lost = b""
                         server.recv(65536)
                         return
-
-    def close(self) -> None:
-        self.listener.close()
 
 
 def test_message_that_was_stored_and_whose_answer_was_lost_is_answered_once_and_soon(
