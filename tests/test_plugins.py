@@ -462,7 +462,7 @@ def test_page_that_is_made_in_pieces_leaves_in_pieces_and_a_large_one_whole(
         def register_routes(app, context):
             app.route("/trozos", callback=trozos)
             app.route("/sigue", callback=lambda: str(seguir.set()))
-            app.route("/grande", callback=lambda: b"x" * 20_000_000)
+            app.route("/grande", callback=lambda: (b"x" * 1_000_000 for _ in range(40)))
 
         def trozos():
             yield b"uno,"
@@ -480,8 +480,8 @@ def test_page_that_is_made_in_pieces_leaves_in_pieces_and_a_large_one_whole(
     connection = http.client.HTTPConnection("127.0.0.1", hilo.settings.port, timeout=10)
     connection.request("GET", "/grande")
     answer = connection.getresponse()
-    time.sleep(0.3)  # the socket's buffers are full, and the server waits for room
-    assert answer.read() == b"x" * 20_000_000
+    time.sleep(0.3)  # the socket's buffers and the server's are full, and the page waits for room
+    assert answer.read() == b"x" * 40_000_000
     connection.close()
 
 
