@@ -209,6 +209,25 @@ class Runs:
 # --- Workers: due rows are claimed and advanced -----------------------------------------------------------
 
 
+class Load:
+    """How much of a processor this process has used of late."""
+
+    EVERY = 0.1  # seconds between looks
+
+    def __init__(self) -> None:
+        self.looked, self.used = time.monotonic(), time.process_time()
+
+    def share(self) -> float | None:
+        """Return the part of one processor that was used since the last look, None where that was just now."""
+        now = time.monotonic()
+        if now - self.looked < self.EVERY:
+            return None
+        used = time.process_time()
+        share = (used - self.used) / (now - self.looked)
+        self.looked, self.used = now, used
+        return share
+
+
 class Alarm:
     """When to look for due runs again: at every moment that anybody asked for, and after five seconds of quiet."""
 
@@ -244,10 +263,16 @@ class Workers:
     """A dispatcher that claims due runs for the free ones of a few threads, and the wires to other processes."""
 
     STUCK = 90.0  # seconds after which a worker is taken to hang in a plugin, and replaced
+    # While this process computes rather than waits, so many are at work: more would stand in the interpreter's queue,
+    # and a message that arrives would stand behind them, several times until it is stored.
+    ENOUGH = 8
+    COMPUTING = 0.5  # of one processor
+    IDLE = 0.4
 
     def __init__(self, settings: Settings, db: Database, alarm: Alarm):
         self.settings, self.db, self.alarm = settings, db, alarm
-        self.free = threading.Semaphore(0)
+        self.free = threading.Semaphore(0)  # places of workers that may take a run
+        self.resting, self.load, self.settling = 0, Load(), threading.Lock()  # places that are not to be had just now
         self.claimed: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.busy: dict[threading.Thread, tuple[float, Run]] = {}
         self.notify = threading.Event()
@@ -269,12 +294,17 @@ class Workers:
 
     def crowded(self) -> bool:
         """Tell whether there is too much to do for niceties: a quarter of the workers is at work."""
-        return len(self.busy) > self.settings.worker_threads / 4
+        return len(self.busy) > self.places / 4
+
+    @property
+    def places(self) -> int:
+        """How many may be at work now."""
+        return self.settings.worker_threads - self.resting
 
     def woken(self, seconds: float) -> None:
         """A run is due in so many seconds: look then, or tell another process where everybody here is busy."""
         self.alarm.wake_in(seconds)
-        if len(self.busy) >= self.settings.worker_threads:
+        if len(self.busy) >= self.places:
             self.notify.set()
 
     def wake(self, runs: Runs, response_id: str) -> None:
@@ -352,14 +382,30 @@ class Workers:
                 run.log.debug("traceback", exc_info=error)
             if self.busy.pop(me, None) is None:
                 return  # taken to be stuck, and replaced
-            self.free.release()
+            self.settle(1)
         self.claimed.put(None)  # for the next one
+
+    def settle(self, places: int) -> None:
+        """Give places back, or let one rest: as ENOUGH says. All come back where no step has ended for a second."""
+        with self.settling:
+            quiet = time.monotonic() - self.load.looked > 1.0
+            share = self.load.share()
+            if quiet or self.stopping:
+                places, self.resting = places + self.resting, 0
+            elif share is not None and share > self.COMPUTING and places and self.places > self.ENOUGH:
+                places, self.resting = places - 1, self.resting + 1
+            elif share is not None and share < self.IDLE and self.resting:
+                places, self.resting = places + 1, self.resting - 1
+        if places:
+            self.free.release(places)
 
     def keep(self) -> None:
         """Lengthen the leases of runs whose response is being created, which alone may last to the deadline; and see
-        to workers that hang."""
+        to workers that hang, and places that rest."""
         while not self.ended.wait(self.settings.grace / 4):
             self.replace_stuck()
+            if self.resting:
+                self.settle(0)
             for _, run in list(self.busy.values()):
                 soon = run.lease_until - time.monotonic() < self.settings.call_timeout
                 if run.creating and soon and run.seconds_left > -self.settings.grace:
@@ -412,6 +458,7 @@ class Workers:
         """Take nothing more; return when the steps in hand are done, at `until` (monotonic) at the latest."""
         self.stopping = True
         self.alarm.wake_in(0)
+        self.settle(0)
         for _ in range(self.settings.worker_threads if self.started else 0):  # also those that were just given a run
             self.free.acquire(timeout=max(0.0, until - time.monotonic()))
         self.free.release()  # lets the dispatcher see that it is over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import time
@@ -279,6 +280,29 @@ def test_stopped_gateway_leaves_no_threads_behind(start: Start, twilio: Simulato
     ours = {"work", "dispatch", "listen", "tell_others", "upkeep", "events", "web"}
     hilo.stop()
     wait_for(lambda: not [t for t in set(threading.enumerate()) - before if t.name.split()[0] in ours])
+
+
+def test_places_beyond_enough_rest_while_the_process_computes_and_come_back(start: Start, twilio: Simulator) -> None:
+    hilo = start(WORKER_THREADS="12", OPENAI_API_KEY="")
+    workers, most = hilo.gateway.workers, []
+
+    def compute() -> str:
+        most.append(len(workers.busy))
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 150_000)  # all cores: it needs no interpreter
+        return "listo"
+
+    hilo.plug(incoming_message=compute)
+    users = [f"whatsapp:+52155{n:08d}" for n in range(100)]
+    for user in users:
+        twilio.receive(user, "hola")
+    wait_for(lambda: workers.places == workers.ENOUGH, 30)
+    most.clear()
+    hilo.done(len(users), 60)
+    assert sorted(most)[len(most) // 2] <= workers.ENOUGH
+    assert all(len(twilio.wait_for(user, 1)) == 1 for user in users)
+    wait_for(lambda: workers.places == 12)
+    hilo.stop()
+    assert workers.resting == 0
 
 
 # --- The deadline, and answers that are none ---------------------------------------------------------------
