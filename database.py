@@ -32,6 +32,9 @@ STATEMENTS = 200  # prepared on a connection; the oldest goes
 DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
 MIGRATION_TRIES = 12  # of five seconds, while others hold a table
+# What leaves a connection as it was; SET and the like would change it for whoever gets it next.
+PLAIN = re.compile(r"(?is)(\s|--[^\n]*\n|/\*.*?\*/)*(select|with|insert|update|delete|merge|values|table)\b")
+OUTSIDE = b"I"  # no transaction is open, in the server's words
 MISSING = {"42P01": "table", "42703": "column", "42883": "function"}  # what an earlier schema may lack, by SQLSTATE
 
 
@@ -121,6 +124,8 @@ def tls(mode: str, root: str | None) -> ssl.SSLContext | bool | None:
 class Connection(pg8000.native.Connection):
     """The driver's connection, which closes its socket at once: the driver's own leaves that to the garbage collector
     where the server has hung up."""
+
+    changed = False  # by a statement, so that it is for nobody else
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """Connect, as the driver does; closes its socket also where the server dies before the first word."""
@@ -271,7 +276,7 @@ class Database:
     def give_back(self, connection: Connection | None) -> None:
         """Put a connection back, or None for one that is no more."""
         with self.lock:
-            if connection is not None and not self.closed:
+            if connection is not None and not connection.changed and not self.closed:
                 self.idle.append(connection)
             else:
                 discard(connection)
@@ -301,8 +306,6 @@ class Database:
             discard(connection)
             connection = None
             raise Cut(f"SQLSTATE {fields.get('C')}") from None
-        except ValueError:  # the caller's mistake, found before anything was sent
-            raise
         except BaseException:  # broken off at some point of the protocol: nobody can tell what it would answer next
             discard(connection)
             connection = None
@@ -324,7 +327,8 @@ class Database:
         return self.once(sql, params, end)
 
     def once(self, sql: str, params: Mapping[str, Any] | None, end: float | None) -> list[dict[str, Any]]:
-        """Return the rows of one statement, tried once."""
+        """Return the rows of one statement, tried once; raises ValueError where it begins a transaction, where it lacks
+        a parameter, or for a value that the driver cannot turn into Python's."""
         with self.connection(end) as connection:
             patience = max(0.1, end - time.monotonic()) if end else PATIENCE
             if patience != connection._usock.gettimeout():  # a call to the system
@@ -334,12 +338,15 @@ class Database:
                 connection.statements.pop(next(iter(connection.statements))).close()
             if statement is None:
                 statement = connection.statements[sql] = connection.prepare(sql)
+                connection.changed = not PLAIN.match(sql)
             try:
                 found = statement.run(**(params or {}))
             except pg8000.native.InterfaceError as error:
                 if "parameter" in str(error):  # not the connection's fault but the caller's
                     raise ValueError(str(error)) from None
                 raise
+            if connection._transaction_status != OUTSIDE:
+                raise ValueError("a statement is a transaction of its own: BEGIN would keep what others write from all")
             names = [column["name"] for column in statement.columns or ()]
             return [dict(zip(names, row, strict=True)) for row in found or ()]
 

@@ -159,6 +159,33 @@ def test_value_that_cannot_be_encoded_leaves_the_pool_whole(db: Database) -> Non
     assert db.rows("SELECT :x::text AS x", {"x": "bien"}) == [{"x": "bien"}]
 
 
+def test_value_that_cannot_be_read_leaves_nothing_behind_for_the_next_statement(db: Database) -> None:
+    for _ in range(5):
+        with pytest.raises(ValueError, match="24:00:00"):
+            db.rows("SELECT time '24:00:00' AS x UNION ALL SELECT time '23:00'")
+        assert db.rows("SELECT 1 AS y") == [{"y": 1}]
+
+
+def test_transaction_that_a_plugin_begins_is_refused_and_nobody_elses_rows_are_in_it(
+    db: Database, database_url: str
+) -> None:
+    with pytest.raises(ValueError, match="transaction of its own"):
+        db.guest_rows("BEGIN", {})
+    db.rows("INSERT INTO hilo VALUES ('a', 'b')")
+    other = Database(database_url, 1)
+    assert other.rows("SELECT value FROM hilo WHERE key = 'a'") == [{"value": "b"}]
+    other.close()
+
+
+@pytest.mark.parametrize("change", ["SET TIME ZONE 'Asia/Tokyo'", "/* hola */ -- x\n SET TIME ZONE 'Asia/Tokyo'"])
+def test_what_a_plugin_sets_is_for_no_other_statement(db: Database, change: str) -> None:
+    for _ in range(4):
+        db.guest_rows(change, {})
+    assert db.rows("SELECT current_setting('TimeZone') AS zone") != [{"zone": "Asia/Tokyo"}]
+    backends = {db.rows("-- una\n SELECT pg_backend_pid() AS pid")[0]["pid"] for _ in range(4)}
+    assert len(backends) == 1  # what only reads keeps its connection
+
+
 def test_many_threads_share_few_connections_and_each_gets_its_own_rows(db: Database) -> None:
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda n: db.rows("SELECT :n::int AS n", {"n": n})[0]["n"], range(200)))
@@ -167,11 +194,13 @@ def test_many_threads_share_few_connections_and_each_gets_its_own_rows(db: Datab
     assert with_me <= 3
 
 
-def test_plan_made_stale_by_a_migration_is_made_anew(db: Database) -> None:
+def test_plan_made_stale_by_a_migration_is_made_anew(db: Database, database_url: str) -> None:
     db.rows("CREATE TABLE t (x int)")
     db.rows("INSERT INTO t VALUES (1)")
     assert db.rows("SELECT * FROM t") == [{"x": 1}]
-    db.rows("ALTER TABLE t ADD y int DEFAULT 2")
+    release = Database(database_url, 1)
+    release.rows("ALTER TABLE t ADD y int DEFAULT 2")
+    release.close()
     with pytest.raises(DatabaseDown):
         db.rows("SELECT * FROM t")
     assert db.rows("SELECT * FROM t") == [{"x": 1, "y": 2}]
