@@ -393,3 +393,12 @@ def test_how_a_subject_is_asked_for_is_read(dicho: str, como: str) -> None:
 def test_each_row_of_the_table_of_patterns_has_a_name_and_an_expression() -> None:
     filas = [fila for fila in PATRONES.split("\n") if fila.strip()]
     assert len(filas) > 80 and all(re.match(r"([a-z_]{2,13} +| {14,15})\S", fila) for fila in filas)
+
+
+@pytest.mark.parametrize(
+    ("dicho", "tope"),
+    [("hasta $1.500", 1500), ("hasta 15.1.26", None), ("hasta $1..2", None), ("mi presupuesto es de 1.5.0", None),
+     ("hasta 5,,5 pesos", None), ("hasta 2,000.00 pesos", 2000)],
+)  # fmt: skip
+def test_most_to_pay_is_a_number_and_what_is_none_is_left(dicho: str, tope: int | None) -> None:
+    assert leer(dicho).tope == tope

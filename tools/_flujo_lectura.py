@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 from tools import _cursos_pregunta
 
@@ -315,7 +315,7 @@ _PALABRA = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _PRIVADO = re.compile(r"\b[\w.+-]{1,64}@[\w-]+\.\S+|https?://\S+|www\.\S+|\+?\d[\d ().-]{7,}\d")
 _CODIGO = re.compile(r"(?<![^\W_])[^\W\d_]{2,6}(?:[-_ ]?\d{3,4}|[-_]?\d{1,2})(?![^\W_])")
 _ENMIENDA = re.compile(
-    r"(?:^|[\n,.;!])\s*(?:no,|perd[oó]n\b|digo\b|mejor dicho\b|quise decir\b|me equivoqu[eé]\b|corrijo\b)"
+    r"(?:^|[\n,.;!])[ \t]*(?:no,|perd[oó]n\b|digo\b|mejor dicho\b|quise decir\b|me equivoqu[eé]\b|corrijo\b)"
     r"|\bno (?:quiero|me interesa)\b[^\n.;!?]*?\b(?:mejor|sino|prefiero|quiero)\b(?= )", re.I
 )
 
@@ -393,7 +393,10 @@ def _sin_tope(texto: str) -> tuple[str, Decimal | None]:
     *cifra, ultima = re.sub(r"[.,](?=\d{3}\b)", "", dicho["n"].lower()).replace(",", ".").strip(".").split()
     miles = 1000 if ultima == "mil" else 1
     numero = (cifra or ["1"])[0] if miles > 1 else ultima
-    tope = Decimal(NUMEROS.get(numero, 0) or numero) * miles
+    try:
+        tope = Decimal(NUMEROS.get(numero, 0) or numero) * miles
+    except InvalidOperation:  # two points: a date, or a slip
+        return texto, None
     if tope < 100 and not (dicho["signo"] or dicho["moneda"]):
         return texto, None
     return texto.replace(dicho[0], " ", 1), tope

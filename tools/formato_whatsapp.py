@@ -277,7 +277,7 @@ _WEB = re.compile(r"^(mailto:|tel:|https?://)?(www\.)?")
 _LANGUAGE = re.compile(r"[\w+#.-]*")
 _CELL_BORDER = re.compile(r"(?<!\\)\|")
 # A text with none of these may well be written as WhatsApp has it, where *one* asterisk is bold.
-_OF_MARKDOWN = re.compile(r"\*\*|\]\(|^\s*(?:#{1,6}\s|\|)", re.MULTILINE)
+_OF_MARKDOWN = re.compile(r"\*\*|\]\(|^[ \t]*(?:#{1,6}\s|\|)", re.MULTILINE)
 
 
 def _read(text: str) -> list[Atom]:
