@@ -228,6 +228,14 @@ class Assistant(pydantic.BaseModel):
     description: str = ""
     instructions: str = pydantic.Field(min_length=1)
 
+    @pydantic.field_validator("tools", mode="before")
+    @classmethod
+    def named(cls, value: Any) -> Any:
+        """Refuse a key without a value, which may mean all or none."""
+        if value is None:
+            raise ValueError("write [] for none of the tools, or leave the line out for all")
+        return value
+
 
 def load_assistants(folder: Path = HERE / "assistants") -> tuple[dict[str, Assistant], dict[str, str]]:
     """Return the assistants by name, and by file name what is wrong with each that cannot be used."""

@@ -233,6 +233,7 @@ def test_front_matter_sets_model_tools_and_stores(tmp_path: Path) -> None:
         (b"---\nmodelo: x\n---\nHola", "modelo"),
         (b"---\nreasoning_effort: enorme\n---\nHola", "reasoning_effort"),
         (b"---\ntools: buscar_curso\n---\nHola", "tools"),
+        (b"---\ntools:\n---\nHola", "tools: Value error, write [] for none"),
         (b"---\nmax_results: 99\n---\nHola", "max_results"),
         (b"---\nmodel: [\n---\nHola", "line 3"),
         (b"---\nmodel: gpt-6-luna\n---\n", "instructions"),
