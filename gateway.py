@@ -909,6 +909,7 @@ class Gateway:
         self.workers = Workers(settings, self.db, self.alarm)
         self.journey = Journey(settings, self.db, self.plugins, self.workers.woken)
         self.upkeep = Upkeep(self)
+        self.numbers: set[str] = set()  # of ours, that webhooks have told of
         self.health = Health(settings, self.db, self.journey, VERSION)
 
     def start(self) -> None:
@@ -990,6 +991,7 @@ class Gateway:
             if not new:
                 log.info("%s received again: nothing to do", form["MessageSid"])
         except BadRequest as refusal:
+                self.numbers.add(form.get("To", ""))
             log.warning("⚠️ webhook refused (%d): %s", refusal.status, refusal)
             return self.plain(refusal.status, str(refusal))
         except (DatabaseDown, DatabaseFault) as error:

@@ -387,7 +387,9 @@ WITH u AS MATERIALIZED (
 w AS MATERIALIZED (
     SELECT m.id, m.user_phone FROM u JOIN runs r USING (user_phone) JOIN messages m ON m.run_id = r.id
     WHERE NOT u.answered AND coalesce(r.finished_at, now()) >= u.since AND m.direction = 'in' AND m.opt IS NULL
-        AND m.reply IS NOT NULL AND NOT m.reply @? '$[*] ? (@.to == null)'),
+        AND (m.reply IS NOT NULL AND NOT m.reply @? '$[*] ? (@.to == null)' OR m.reply IS NULL AND NOT EXISTS (
+            SELECT FROM messages o WHERE o.run_id = r.id AND o.direction = 'out' AND o.user_phone = u.user_phone
+                AND o.state <> 'withheld'))),
 r AS (
     INSERT INTO runs (user_phone, state, due_at, pending)
     SELECT u.user_phone, CASE WHEN n.pending > 0 THEN 'queued' ELSE 'sending' END, now(), n.pending
@@ -399,6 +401,18 @@ p AS (
     SELECT user_phone, 'out', u.text, r.id, 'queued' FROM r JOIN u USING (user_phone))
 SELECT set_mode(u.user_phone, 'bot', NULL, NULL) AS mode, r.id IS NOT NULL AS told
 FROM u LEFT JOIN r USING (user_phone) WHERE u.answered OR r.id IS NOT NULL
+
+-- name: begin_now
+-- While nobody has written, what Twilio has was for another program: the catch-up begins at this moment instead of one
+-- that lies further back than so many seconds.
+UPDATE hilo SET value = :now
+WHERE key = 'caught_up_to' AND value::timestamptz < :now::timestamptz - :seconds::float8 * interval '1 s'
+    AND NOT EXISTS (SELECT FROM users WHERE own_number > '')
+RETURNING key
+
+-- name: our_numbers
+-- Those of several numbers that a user wrote to last.
+SELECT n AS number FROM unnest(:numbers::text[]) n WHERE EXISTS (SELECT FROM users WHERE own_number = n)
 
 -- name: take_turn
 -- One process in so many seconds gets a row.

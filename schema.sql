@@ -1,4 +1,4 @@
--- version: 5
+-- version: 6
 --
 -- Hilo's tables. Safe to run again at every release, also by hand: psql "$DATABASE_URL" -f schema.sql
 -- Raise the number above and at the end with every change, or processes that are running will not apply it; once a
@@ -61,6 +61,7 @@ ALTER TABLE users ADD COLUMN IF NOT EXISTS opt_at timestamptz; -- when the lates
 ALTER TABLE users ADD COLUMN IF NOT EXISTS seed_run bigint NOT NULL DEFAULT 0; -- nor what belongs to a run before this one
 DROP INDEX IF EXISTS users_with_advisor;
 CREATE INDEX IF NOT EXISTS users_by_mode_until ON users (mode_until) WHERE mode_until IS NOT NULL;
+CREATE INDEX IF NOT EXISTS users_by_own_number ON users (own_number);
 
 -- Other addresses of a person than the one that the row in users is named by: WhatsApp shows a number or a username.
 CREATE TABLE IF NOT EXISTS addresses (
@@ -311,7 +312,7 @@ CREATE OR REPLACE FUNCTION receive_message(
 #variable_conflict use_column
 DECLARE
     -- A username without an ExternalUserId stands for one, until Twilio tells it.
-    handle text := CASE WHEN p_from NOT LIKE 'whatsapp:+%' THEN split_part(p_from, ':', 2) END;
+    handle text := substring(p_from FROM '^whatsapp:([^+].*)');
     who text;
     was text;
     external text;
@@ -331,6 +332,13 @@ BEGIN
     -- By itself, and only where it changes: setting a unique column locks the row against the foreign key of the next
     -- run that `finish` makes, which holds the run that is wanted here.
     IF external IS DISTINCT FROM coalesce(p_external, external, handle) THEN
+        IF 'whatsapp:' || external <> who
+            AND NOT EXISTS (SELECT FROM addresses WHERE user_phone = who AND address = 'whatsapp:' || external) THEN
+            PERFORM forget_thread(who); -- the number has come to somebody new, who is not told what was said before
+            UPDATE users SET profile_name = p_profile, language = p_language, mode = 'bot', mode_since = NULL,
+                mode_until = NULL, mode_run = NULL WHERE user_phone = who;
+            was := 'bot';
+        END IF;
         UPDATE users SET external_user_id = coalesce(p_external, external, handle) WHERE user_phone = who;
     END IF;
     IF who <> p_from THEN
@@ -608,5 +616,5 @@ END $$;
 UPDATE cursos SET codigo = codigo;
 -- Fin del catálogo
 
-INSERT INTO hilo VALUES ('schema_version', '5') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+INSERT INTO hilo VALUES ('schema_version', '6') ON CONFLICT (key) DO UPDATE SET value = excluded.value;
 COMMIT;

@@ -25,6 +25,7 @@ OVERLAP = timedelta(seconds=30)  # looked at again, for messages that Twilio lis
 EVERY = 300.0  # seconds between catch-ups; SETTLED after an outage of the database
 TICK = 5.0  # seconds
 UNSTORABLE = ("22", "23")  # classes of SQLSTATE: the message itself is what the database refuses
+LONG_AGO = 24 * 3600.0  # seconds: WhatsApp's window is shut
 PRUNE_EVERY = 24 * 3600.0  # seconds, by one of all processes
 PRUNE_BATCH = 1000  # rows looked at in one transaction
 
@@ -82,8 +83,15 @@ class Upkeep:
         self.chores.remove(self.widen)
 
     def catch_up(self) -> None:
-        """Store inbound messages that Twilio has and Hilo lacks, each by the door that webhooks use."""
-        if not self.gateway.journey.whatsapp.configured or time.monotonic() < self.next_catch_up:
+        """Store inbound messages that Twilio has and Hilo lacks, each by the door that webhooks use. Those for numbers
+        whose webhooks go elsewhere are another program's."""
+        if time.monotonic() < self.next_catch_up:
+            return
+        configured = self.gateway.journey.whatsapp.configured
+        now = datetime.now(UTC).isoformat()
+        self.gateway.db.one("begin_now", now=now, seconds=LONG_AGO if configured else 0.0)
+        if not configured:
+            self.next_catch_up = time.monotonic() + self.every
             return
         row = self.gateway.db.one("get", key="caught_up_to")  # with the database away, again at the next tick
         began = time.monotonic()
@@ -91,7 +99,7 @@ class Upkeep:
         until = datetime.now(UTC) - timedelta(seconds=SETTLED)
         since = datetime.fromisoformat(row["value"]) if row else until
         whatsapp, known = self.gateway.journey.whatsapp, self.gateway.journey.known_sids
-        found = [pair for pair in whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until]
+        found = self.ours([pair for pair in whatsapp.inbound_since(since - OVERLAP) if pair[1] <= until])
         found.reverse()  # oldest first; Twilio's times are whole seconds, within which its own order stands
         there = known([form["MessageSid"] for form, _ in found])
         missing = sorted((pair for pair in found if pair[0]["MessageSid"] not in there), key=lambda pair: pair[1])
@@ -107,6 +115,15 @@ class Upkeep:
             log.warning("⚠️ %d messages had not come by webhook: fetched from Twilio's list", stored)
         settled = self.last_outage + SETTLED + TICK
         self.next_catch_up = settled if settled > began else began + self.every
+
+    def ours(self, found: list[tuple[dict[str, str], datetime]]) -> list[tuple[dict[str, str], datetime]]:
+        """Return those of Twilio's messages that were written to a number of ours: TWILIO_FROM, a sender of that
+        Messaging Service, or one that a webhook has told of."""
+        numbers = list({form["To"] for form, _ in found})
+        known = self.gateway.db.all("our_numbers", numbers=numbers) if numbers else []
+        sender = self.gateway.settings.twilio_from
+        ours = {sender, *self.gateway.numbers, *(row["number"] for row in known)}
+        return [pair for pair in found if pair[0]["To"] in ours or pair[0].get("MessagingServiceSid", "") == sender]
 
     def store(self, form: dict[str, str], at: datetime) -> bool:
         """Store one message that was missed; False where it was known, or is such that no database would take it."""

@@ -235,6 +235,8 @@ class WhatsApp:
             if m.direction == "inbound" and str(m.from_).startswith("whatsapp:") and created and created >= since:
                 form = {"MessageSid": m.sid, "AccountSid": m.account_sid, "From": m.from_, "To": m.to,
                         "Body": m.body or "", "NumMedia": str(m.num_media or 0)}  # fmt: skip
+                if m.messaging_service_sid:
+                    form["MessagingServiceSid"] = m.messaging_service_sid
                 yield form, created
 
     def media_of(self, form: Mapping[str, str]) -> dict[str, str]:
@@ -326,5 +328,7 @@ def retry_after(headers: Mapping[str, str], default: float) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
         return min(LONGEST_WAIT, float(value))
     with contextlib.suppress(ValueError):
-        return min(LONGEST_WAIT, max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()))
+        moment = parsedate_to_datetime(value)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)  # -0000: UTC, from nobody knows where
+        return min(LONGEST_WAIT, max(0.0, (moment - datetime.now(UTC)).total_seconds()))
     return default

@@ -492,6 +492,77 @@ def test_list_of_files_that_fails_keeps_no_message_back(
     assert len(bodies(twilio, LUIS)) == 1 and bodies(twilio) == ["Eco: hola"]
 
 
+def to_other_number(twilio: Simulator, text: str, written: datetime, number: str = "whatsapp:+14150000009") -> None:
+    """Let a user write to another sender of the same account, whose webhooks go elsewhere."""
+    filed(twilio, text, written).to = number
+
+
+def filed(twilio: Simulator, text: str, written: datetime) -> Any:
+    """Let a user write without a webhook, and return Twilio's record of it."""
+    record = twilio.records.get(twilio.receive(ANA, text, lost=True, at=written).sid)
+    assert record
+    return record
+
+
+@pytest.mark.parametrize("sender", ["usual", "none", "service"])
+def test_messages_for_another_program_of_the_same_account_are_left_to_it(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator, sender: str
+) -> None:
+    hilo = start(TWILIO_FROM={"usual": twilio.number, "none": "", "service": "MG" + "0" * 32}[sender])
+    twilio.receive(LUIS, "hola")  # of whose number Hilo knows from now on
+    hilo.done(1)
+    written = datetime.now(UTC) - timedelta(minutes=3)
+    to_other_number(twilio, "para otro", written)
+    twilio.receive(ANA, "para Hilo", lost=True, at=written)
+    an_hour_ago(database_url)
+    hilo.gateway.numbers.clear()  # as a process that has just started
+    catch_up(hilo)
+    hilo.done(2)
+    assert bodies(twilio) == ["Eco: para Hilo"]
+
+
+def test_message_to_a_sender_of_the_messaging_service_is_ours_though_none_came_yet(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator
+) -> None:
+    service = "MG" + "0" * 32
+    an_hour_ago(database_url)
+    written = datetime.now(UTC) - timedelta(minutes=3)
+    filed(twilio, "hola", written).service_sid = service
+    to_other_number(twilio, "para otro", written)
+    start(TWILIO_FROM=service).done(1)
+    assert bodies(twilio) == ["Eco: hola"]
+
+
+def caught_up_to(hilo: Hilo) -> datetime:
+    return datetime.fromisoformat(hilo.rows("SELECT value FROM hilo WHERE key = 'caught_up_to'")[0]["value"])
+
+
+def test_what_came_before_twilio_was_set_up_was_for_another_program(
+    start: Callable[..., Hilo], database_url: str, twilio: Simulator
+) -> None:
+    an_hour_ago(database_url)
+    twilio.receive(ANA, "para el de antes", lost=True, at=datetime.now(UTC) - timedelta(minutes=3))
+    hilo = start(PUBLIC_URL="")
+    wait_for(lambda: datetime.now(UTC) - caught_up_to(hilo) < timedelta(minutes=1))
+    hilo.stop()
+    hilo = caught_up(start())
+    assert hilo.rows("SELECT * FROM messages") == []
+
+
+@pytest.mark.parametrize(("known", "stored"), [(False, 0), (True, 1)])
+def test_mark_of_two_days_ago_counts_only_where_somebody_has_written(
+    start: Callable[..., Hilo], twilio: Simulator, known: bool, stored: int
+) -> None:
+    hilo = caught_up(start(WORKER_THREADS="0"))
+    if known:
+        twilio.receive(LUIS, "hola")
+    before = len(hilo.rows("SELECT * FROM messages"))
+    hilo.db.one("put", key="caught_up_to", value=(datetime.now(UTC) - timedelta(days=2)).isoformat())
+    twilio.receive(ANA, "hace un día y algo", lost=True, at=datetime.now(UTC) - timedelta(hours=30))
+    catch_up(hilo)
+    assert len(hilo.rows("SELECT * FROM messages")) == before + stored
+
+
 def test_word_to_leave_that_was_missed_is_no_news_where_the_user_has_returned_since(
     start: Callable[..., Hilo], database_url: str, twilio: Simulator
 ) -> None:

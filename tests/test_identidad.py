@@ -101,6 +101,37 @@ def test_number_that_comes_to_another_person_leaves_the_former_ones_history_with
     assert woken.rows(mine, u=ANA)[-1] == {"body": "sigo siendo Ana"}
 
 
+def test_newcomer_with_somebody_elses_former_number_is_told_nothing_of_them(
+    woken: Hilo, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    twilio.receive(ANA, "soy Ana, mi clave es 7", fields={"ExternalUserId": "MX.x1"}, profile_name="Ana")
+    twilio.wait_for(ANA, 1)
+    woken.done(1)
+    first = set(openai_server.conversations)
+    woken.rows("SELECT set_mode(user_phone, 'human', NULL, now() + interval '1 hour') FROM users")
+    twilio.receive(ANA, "soy Luis", fields={"ExternalUserId": "MX.x2"}, profile_name="Luis")
+    twilio.wait_for(ANA, 2)
+    woken.done(2)
+    assert conversation_texts(openai_server)[-1] == ["soy Luis", "Eco: soy Luis"]
+    (row,) = woken.rows("SELECT profile_name, mode, external_user_id FROM users")
+    assert row == {"profile_name": "Luis", "mode": "bot", "external_user_id": "MX.x2"}
+    gone = woken.rows("SELECT thread_id FROM discarded_threads WHERE due_at <= now()")
+    assert {row["thread_id"] for row in gone} | (first - set(openai_server.conversations)) == first
+    twilio.receive(ANA, "sigo", fields={"ExternalUserId": "MX.x2"}, profile_name="Luis")
+    twilio.wait_for(ANA, 3)
+    assert conversation_texts(openai_server)[-1][0] == "soy Luis"
+
+
+def test_senders_without_a_channel_are_each_their_own_person(woken: Hilo, twilio: Simulator) -> None:
+    for number in ("+5215511110001", "+5215511110002"):
+        form = {"MessageSid": f"SM{number[1:]:0>32}", "From": number, "To": "+14155238886", "Body": "hola"}
+        woken.gateway.receive(form)
+    found = woken.rows("SELECT user_phone, external_user_id, reply_to FROM users ORDER BY 1")
+    assert [(row["user_phone"], row["external_user_id"], row["reply_to"]) for row in found] == [
+        (number, None, number) for number in ("+5215511110001", "+5215511110002")
+    ]
+
+
 # --- Two rows that turn out to be one person ---------------------------------------------------------------
 
 

@@ -283,6 +283,11 @@ def test_retry_after_is_read_as_seconds(value: str, seconds: float) -> None:
     assert retry_after({"Retry-After": value}, 7.0) == seconds
 
 
+def test_retry_after_of_a_zone_that_nobody_knows_is_utc() -> None:
+    soon = (datetime.now(UTC) + timedelta(seconds=30)).strftime("%a, %d %b %Y %H:%M:%S -0000")
+    assert 25 < retry_after({"Retry-After": soon}, 7.0) <= 30
+
+
 def test_retry_after_is_read_as_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     assert 25 < retry_after({"retry-after": soon}, 7.0) <= 30
