@@ -298,8 +298,9 @@ def parsed(raw: Any) -> Any:
 
 def fetch_last_assistant_message(response: Response) -> str:
     """Return the text of a response, or the model's refusal; "" where it has neither."""
-    contents = [part for item in response.output if item.type == "message" for part in item.content]
-    return str(clean("\n".join(part.text if part.type == "output_text" else part.refusal for part in contents))).strip()
+    contents = [part for item in response.output or () if item.type == "message" for part in item.content or ()]
+    texts = [part.text if part.type == "output_text" else part.refusal for part in contents]
+    return str(clean("\n".join(filter(None, texts)))).strip()
 
 
 def history(db: Database, settings: Settings, address: str, n: int, run_id: int | None) -> list[Turn]:
@@ -414,7 +415,9 @@ class Journey:
             elif run.mode == "out":
                 parts = []
             else:
-                parts = self.hook(run, "incoming_message", parts_of, message=message_of(row))
+                # Where a plugin stands between the user and an advisor, nobody else would read this: tried again.
+                strict = run.mode == "human" and run.crashes + 1 < CRASHES
+                parts = self.hook(run, "incoming_message", parts_of, strict=strict, message=message_of(row))
             if parts is not None:
                 row["reply"] = pydantic_core.to_jsonable_python(parts)
                 self.db.one("save_reply", id=row["id"], reply=json.dumps(row["reply"]))
@@ -568,7 +571,7 @@ class Journey:
         run.ended = {"resp": response.id, "status": response.status, **tokens}
         if response.status == "completed":
             self.threads.breaker.succeeded()
-        calls = [item for item in response.output if item.type == "function_call"]
+        calls = [item for item in response.output or () if item.type == "function_call"]
         text = fetch_last_assistant_message(response)
         if response.status == "completed" and calls:
             return self.use_tools(run, response, calls)
@@ -802,10 +805,11 @@ class Journey:
 
     # what plugins are given
 
-    def hook(self, run: Run, name: str, convert: Callable[[Any], Any], **arguments: Any) -> Any:
-        """Return what the first plugin says that has something to say, asked with a lease that leaves it time."""
+    def hook(self, run: Run, name: str, convert: Callable[[Any], Any], strict: bool = False, **arguments: Any) -> Any:
+        """Return what the first plugin says that has something to say, asked with a lease that leaves it time. With
+        `strict` it raises HookFailed where nobody has, but one has failed."""
         self.runs.renew_if_short(run)
-        return self.plugins.first(name, convert, context=self.context(run), **arguments)
+        return self.plugins.first(name, convert, strict, context=self.context(run), **arguments)
 
     def context(self, run: Run) -> Context:
         """Return what a hook or a tool may use during this turn."""
@@ -905,11 +909,11 @@ class Gateway:
         self.db = Database(database_url, settings.first_connections, settings.zona_horaria)
         self.inbox = Inbox(self.db)
         self.plugins = Plugins()
+        self.numbers: set[str] = set()  # of ours, that webhooks have told of
         self.alarm = Alarm()
         self.workers = Workers(settings, self.db, self.alarm)
         self.journey = Journey(settings, self.db, self.plugins, self.workers.woken)
         self.upkeep = Upkeep(self)
-        self.numbers: set[str] = set()  # of ours, that webhooks have told of
         self.health = Health(settings, self.db, self.journey, VERSION)
 
     def start(self) -> None:
@@ -987,11 +991,11 @@ class Gateway:
         try:
             with self.db.arrival():
                 form = self.signed_form(bottle.request)
+                self.numbers.add(form.get("To", ""))
                 new = self.receive(form)
             if not new:
                 log.info("%s received again: nothing to do", form["MessageSid"])
         except BadRequest as refusal:
-                self.numbers.add(form.get("To", ""))
             log.warning("⚠️ webhook refused (%d): %s", refusal.status, refusal)
             return self.plain(refusal.status, str(refusal))
         except (DatabaseDown, DatabaseFault) as error:

@@ -262,7 +262,7 @@ class Alarm:
 class Workers:
     """A dispatcher that claims due runs for the free ones of a few threads, and the wires to other processes."""
 
-    STUCK = 90.0  # seconds after which a worker is taken to hang in a plugin, and replaced
+    STUCK = 15.0  # seconds after its run's lease until a worker is taken to hang in a plugin, and replaced
     # While this process computes rather than waits, so many are at work: more would stand in the interpreter's queue,
     # and a message that arrives would stand behind them, several times until it is stored.
     ENOUGH = 8
@@ -274,7 +274,7 @@ class Workers:
         self.free = threading.Semaphore(0)  # places of workers that may take a run
         self.resting, self.load, self.settling = 0, Load(), threading.Lock()  # places that are not to be had just now
         self.claimed: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self.busy: dict[threading.Thread, tuple[float, Run]] = {}
+        self.busy: dict[threading.Thread, Run] = {}
         self.notify = threading.Event()
         self.me = uuid.uuid4().hex  # of this process, in what it tells others
         self.listening: Any = None
@@ -370,7 +370,7 @@ class Workers:
         me = threading.current_thread()
         self.free.release()
         while (run := self.claimed.get()) is not None:
-            self.busy[me] = (time.monotonic(), run)
+            self.busy[me] = run
             try:
                 self.journey.runs.put_down(run, 0) if self.stopping else self.journey.advance(run)
             except LeaseLost:
@@ -406,7 +406,7 @@ class Workers:
             self.replace_stuck()
             if self.resting:
                 self.settle(0)
-            for _, run in list(self.busy.values()):
+            for run in list(self.busy.values()):
                 soon = run.lease_until - time.monotonic() < self.settings.call_timeout
                 if run.creating and soon and run.seconds_left > -self.settings.grace:
                     with contextlib.suppress(LeaseLost, *FAULTS):
@@ -414,8 +414,8 @@ class Workers:
 
     def replace_stuck(self) -> None:
         """Start a worker for each that hangs; fencing makes what the old one may still do harmless."""
-        for thread, (since, run) in list(self.busy.items()):
-            late = time.monotonic() > max(since + self.STUCK, run.lease_until)
+        for thread, run in list(self.busy.items()):
+            late = time.monotonic() > run.lease_until + self.STUCK
             if late and self.busy.pop(thread, None) is not None:
                 run.log.error("⚠️ a worker hangs in this run, in a plugin or library: replaced")
                 threading.Thread(target=self.work, name="work", daemon=True).start()

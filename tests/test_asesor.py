@@ -320,6 +320,51 @@ def test_time_without_any_answer_runs_out_and_what_waits_is_answered_once(
     assert chat.hilo.rows("SELECT 1 AS x FROM runs WHERE pending <> 0") == []
 
 
+def test_message_that_the_plugin_fails_to_pass_on_is_tried_again(start: Start, twilio: Simulator) -> None:
+    twilio.open_since = datetime.now(UTC)
+    chat = Chat(start(ASESORES=MARTA, LEASE_SECONDS="0.5"), twilio)
+    chat.says(ANA, "/asesor")
+    chat.heard(MARTA)
+    failing = [True, False]
+
+    def incoming_message(message: Message, context: Context) -> Any:
+        if message.address == ANA and failing.pop(0):
+            raise OSError("la base no contesta")
+        return asesor.incoming_message(message, context)
+
+    chat.hilo.gateway.plugins.unload("tools.asesor")
+    chat.hilo.plug(incoming_message=incoming_message)
+    chat.says(ANA, "¿hay beca?")
+    assert chat.heard(MARTA) == ["💬 *Ana* (+52…0001): ¿hay beca?"] and failing == []
+
+
+def time_is_up(chat: Chat) -> None:
+    chat.hilo.rows("UPDATE users SET mode_until = now() - interval '1 s' WHERE user_phone = :u", u=ANA)
+    hand_back(chat)
+
+
+def test_message_that_no_plugin_passed_on_is_answered_once_the_time_is_up(chat: Chat) -> None:
+    chat.says(ANA, "/asesor")
+    chat.hilo.gateway.plugins.unload("tools.asesor")
+    chat.says(ANA, "¿hay beca?")
+    assert chat.heard(ANA) == [WANTS]
+    time_is_up(chat)
+    assert chat.heard(ANA) == [NOBODY, "Eco: ¿hay beca?"] and chat.mode() == "bot"
+
+
+def test_message_whose_answer_was_withheld_is_answered_once_the_time_is_up(
+    chat: Chat, openai_server: LocalOpenAI
+) -> None:
+    with openai_server.gate("POST /v1/responses$") as gate:
+        chat.twilio.receive(ANA, "¿hay beca?")
+        assert gate.arrived.wait(5)
+        chat.hilo.rows("SELECT set_mode(user_phone, 'human', NULL, now() + interval '1 hour') FROM users")
+    chat.hilo.done(1)
+    assert chat.heard(ANA) == []
+    time_is_up(chat)
+    assert chat.heard(ANA) == [NOBODY, "Eco: ¿hay beca?"] and chat.mode() == "bot"
+
+
 def test_time_of_an_advisor_who_answered_runs_out_and_nothing_is_said(chat: Chat) -> None:
     chat.says(ANA, "/asesor")
     chat.says(MARTA, "hola")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gateway import fetch_last_assistant_message, parsed
 from simulator import Simulator
 from tests.conftest import ANA, WEBHOOK_SECRET, Hilo, wait_for
 from tests.local_openai import (
@@ -451,6 +454,20 @@ def test_empty_answer_is_asked_for_again(woken: Hilo, twilio: Simulator, openai_
     openai_server.model = script([says("  "), says("Hola.")], shared=True)
     twilio.receive(ANA, "hola")
     assert twilio.wait_for(ANA, 1)[0].body == "Hola."
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ([{"type": "message", "content": [{"type": "output_text", "text": "Hola."}, {"type": "output_new"}]}], "Hola."),
+        ([{"type": "message", "content": None}, {"type": "new"}], ""),
+        (None, ""),
+    ],
+    ids=["a part", "an item", "nothing"],
+)
+def test_parts_of_an_answer_that_are_of_no_known_kind_cost_no_others(output: Any, text: str) -> None:
+    body = json.dumps({"id": "resp_1", "status": "completed", "output": output})
+    assert fetch_last_assistant_message(parsed(SimpleNamespace(content=body))) == text
 
 
 @pytest.mark.parametrize("answer", [says("¡Hola!\x00"), says("¡Hola!\ud83d")], ids=["NUL", "lone surrogate"])

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from checks import Checks
+from runs import Workers
 from settings import Assistant
 from simulator import Simulator
 from tests.conftest import ANA, Hilo, Server, serving, wait_for
@@ -371,6 +372,35 @@ def test_hook_track_event_that_hangs_holds_up_no_turn(
         twilio.wait_for(ANA, n + 1)
         direct.done(n + 1)
     release.set()
+
+
+def test_hook_that_hangs_is_left_out_and_its_workers_replaced(
+    start: Callable[..., Hilo], twilio: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plugins, "LONG", 1.0)
+    monkeypatch.setattr(Workers, "STUCK", 0.5)
+    hilo = start(WORKER_THREADS="4", LEASE_SECONDS="0.5", OPENAI_API_KEY="")
+    release, called = threading.Event(), []
+
+    def hang(message: Message) -> None:
+        called.append(message.text)
+        release.wait(60)
+
+    hilo.plug(incoming_message=hang)
+    hilo.plug(fallback_reply=lambda message: f"{message.text}: listo")
+    users = [f"whatsapp:+52155{n:08d}" for n in range(12)]
+    for user in users:
+        twilio.receive(user, "hola")
+    hilo.done(12, 60)
+    assert all(sent.body for user in users for sent in twilio.wait_for(user, 1))
+    before = len(called)
+    twilio.receive(ANA, "hola")
+    assert twilio.wait_for(ANA, 1)[0].body == "hola: listo"
+    assert len(called) == before
+    release.set()
+    wait_for(lambda: not hilo.gateway.plugins.under_way)
+    twilio.receive(ANA, "adiós")
+    assert twilio.wait_for(ANA, 2)[1].body == "adiós: listo" and called[-1] == "adiós"
 
 
 # --- Installed packages -----------------------------------------------------------------------------------

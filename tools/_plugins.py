@@ -56,8 +56,15 @@ class PluginReport:
         return {"file": self.file, "tools": self.tools, "hooks": self.hooks, "error": error}
 
 
+class HookFailed(Exception):
+    """An implementation of a hook failed, and no other had anything to say."""
+
+
 class Plugins:
     """The files of `tools/` and the entry points of group `hilo.tools`, with the tools they registered."""
+
+    LONG = 30.0  # seconds after which a call of a hook is taken to hang
+    HUNG = 3  # calls of one function that hang, at which it is not called: each holds a worker
 
     def __init__(self, names: Iterable[str] | None = None):
         self.manager = pluggy.PluginManager("hilo")
@@ -65,6 +72,7 @@ class Plugins:
         self.tools: dict[str, Tool] = {}
         self.reports: dict[str, PluginReport] = {}
         self.settings: dict[str, Mapping[str, Setting]] = {}  # by the plugin's name
+        self.under_way: dict[object, tuple[float, Any]] = {}  # calls of hooks: since when, and of which function
         for name in self.discover() if names is None else names:
             self.load(name, partial(imported, name), f"{name.replace('.', '/', 1)}.py")
         for entry in importlib.metadata.entry_points(group="hilo.tools") if names is None else ():
@@ -171,26 +179,45 @@ class Plugins:
         """Return a hook's implementations in the order in which they are asked."""
         return list(reversed(getattr(self.manager.hook, hook).get_hookimpls()))
 
-    def first(self, hook: str, convert: Callable[[Any], Any], **arguments: Any) -> Any:
-        """Return the first result that is not None; one that raises is logged and the next is asked."""
+    def first(self, hook: str, convert: Callable[[Any], Any], strict: bool = False, **arguments: Any) -> Any:
+        """Return the first result that is not None; one that raises is logged and the next is asked. `strict`: raises
+        HookFailed instead of returning None where one has failed that might have had something to say."""
+        failed = False
         for implementation in self.implementations(hook):
             try:
-                result = implementation.function(*(arguments[name] for name in implementation.argnames))
+                result = self.call(implementation, arguments)
                 if result is not None:
                     return convert(result)
             except BaseException as error:
                 let_through(error)
                 self.blame(hook, implementation, error, arguments.get("context"))
+                failed = True
+        if strict and failed:
+            raise HookFailed(hook)
         return None
 
     def each(self, hook: str, **arguments: Any) -> None:
         """Call every implementation of a hook; one that raises is logged only."""
         for implementation in self.implementations(hook):
             try:
-                implementation.function(*(arguments[name] for name in implementation.argnames))
+                self.call(implementation, arguments)
             except BaseException as error:
                 let_through(error)
                 self.blame(hook, implementation, error, None)
+
+    def call(self, implementation: Any, arguments: Mapping[str, Any]) -> Any:
+        """Return what one implementation of a hook returns; raises TimeoutError where too many calls of it hang."""
+        if len(self.under_way) >= self.HUNG:
+            before = time.monotonic() - self.LONG
+            calls = list(self.under_way.values())
+            if sum(since < before and known is implementation for since, known in calls) >= self.HUNG:
+                raise TimeoutError(f"not called: {self.HUNG} calls of it have not come back for {self.LONG:.0f} s")
+        me = object()
+        self.under_way[me] = (time.monotonic(), implementation)
+        try:
+            return implementation.function(*(arguments[name] for name in implementation.argnames))
+        finally:
+            del self.under_way[me]
 
     @staticmethod
     def blame(hook: str, implementation: Any, error: BaseException, context: Context | None) -> None:
