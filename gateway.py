@@ -375,7 +375,7 @@ class Journey:
         self.intercept(run)
         open_rows = [row for row in run.turn if row["reply"] is None and row["id"] > row["seed_after"]]
         if not open_rows or run.mode != "bot":
-            return self.runs.write(run, self.replies(run), "intercepted")
+            return self.runs.write(run, self.replies(run), "intercepted", leave=True)
         reason = self.why_not(run)
         if reason:
             return self.fall_back(run, reason)

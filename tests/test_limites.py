@@ -66,7 +66,7 @@ def test_messages_past_a_minutes_limit_get_one_courteous_answer_and_the_next_min
     assert say(twilio, hilo, "m1", "m2", "m3", "m4", "m5") == ["Eco: m1", "Eco: m2", SLOWLY]
     assert say(twilio, hilo, "hola", who=LUIS) == ["Eco: hola"]
     hilo.rows("UPDATE messages SET at = at - interval '1 minute'")
-    assert say(twilio, hilo, "m6") == ["Eco: m6"]
+    assert say(twilio, hilo, "m6") == ["Eco: m4\nm5\nm6"]  # what was passed over in silence is told
 
 
 def test_messages_past_a_days_limit_get_one_courteous_answer_and_the_next_day_is_free(
@@ -77,7 +77,7 @@ def test_messages_past_a_days_limit_get_one_courteous_answer_and_the_next_day_is
         "We have reached the limit of messages for today. We'll gladly continue tomorrow."
     ]
     hilo.rows("UPDATE messages SET at = at - interval '1 day'")
-    assert say(twilio, hilo, "m5") == ["Eco: m5"]
+    assert say(twilio, hilo, "m5") == ["Eco: m4\n/ayuda\nm5"]
 
 
 def test_limit_is_counted_right_over_two_processes_and_messages_at_once(

@@ -224,6 +224,18 @@ def test_fallback_in_between_is_told_to_the_next_conversation(
     assert seeds(openai_server, thread_id(hilo)) == [*TOLD, ("user", "dos"), ("assistant", "[error]")]
 
 
+def test_plugins_answer_in_between_is_told_to_the_next_conversation(
+    hilo: Hilo, first: Any, twilio: Simulator, openai_server: LocalOpenAI
+) -> None:
+    hilo.plug(incoming_message=lambda message: "De 9 a 19." if "horario" in message.text else None)
+    for n, text in enumerate(("¿horario?", "¿y los sábados?")):
+        twilio.receive(ANA, text)
+        twilio.wait_for(ANA, n + 2)
+        hilo.done(n + 2)
+        assert (thread_id(hilo) is None) == (n == 0)
+    assert seeds(openai_server, thread_id(hilo)) == [*TOLD, ("user", "¿horario?"), ("assistant", "De 9 a 19.")]
+
+
 # --- In the middle of a run: nothing with an effect is done twice ---------------------------------------------
 
 
