@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 from zoneinfo import ZoneInfo
 
-if __name__ == "__main__" and sys.argv[1:2] in (["chat"], ["demo"]):  # these have nothing to finish so early
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: os._exit(0))
+if __name__ == "__main__":  # nothing is in hand so early
+    ENDS = {"": "TERM INT", "serve": "TERM INT", "worker": "TERM INT", "chat": "TERM INT HUP", "demo": "TERM INT HUP"}
+    for name in ENDS.get("".join(sys.argv[1:2]), "").split():
+        signal.signal(signal.Signals[f"SIG{name}"], lambda *_: os._exit(0))
 
 import bottle
 import pydantic_core

@@ -200,10 +200,11 @@ def test_signal_that_python_drops_in_a_callback_still_ends_the_process() -> None
     assert (done.returncode, done.stdout, done.stderr) == (0, "cleared up\n", "")
 
 
-def test_signal_before_anything_has_begun_ends_the_process_in_good_order(directory: Path) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+@pytest.mark.parametrize("command", ["chat", "serve", "worker", ""])
+def test_signal_before_anything_has_begun_ends_the_process_in_good_order(directory: Path, command: str) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if command == "chat" else [])):
         process = subprocess.Popen(
-            [sys.executable, "-X", "importtime", str(GATEWAY), "chat"], cwd=directory, text=True,
+            [sys.executable, "-X", "importtime", str(GATEWAY), *command.split()], cwd=directory, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert process.stderr
