@@ -456,9 +456,11 @@ class Journey:
 
     def read(self, run: Run, message: Message) -> str | list[dict[str, Any]]:
         """Return what the model reads for a message, from the first plugin that knows its kind."""
-        if message.media:
-            self.runs.renew(run, 3 * self.settings.call_timeout)
-        found = self.hook(run, "message_to_input", model_input, message=message)
+        run.reading = bool(message.media)  # Workers.keep lengthens the lease
+        try:
+            found = self.hook(run, "message_to_input", model_input, message=message)
+        finally:
+            run.reading = False
         return plain_input(message) if found is None else found
 
     # asking: the one call whose outcome can stay unknown

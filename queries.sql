@@ -94,7 +94,7 @@ WHERE id = :id AND attempt = :a AND state IN ('queued', 'waiting') RETURNING id
 
 -- name: keep
 UPDATE runs SET due_at = now() + :lease::float8 * interval '1 s'
-WHERE id = :id AND attempt = :a AND held AND creating RETURNING id
+WHERE id = :id AND attempt = :a AND held AND (creating OR :reading) RETURNING id
 
 -- name: save_response
 WITH w AS (

@@ -71,6 +71,7 @@ class Run:
     call_timeout: float
     turn: list[dict[str, Any]] = field(default_factory=list)  # its messages; of a claim, where a response is under way
     held: bool = True
+    reading: bool = False  # a file is being fetched and made sense of
     next_part: dict[str, Any] | None = None  # the part that was marked for sending when the reply was written
     failure: str | None = None  # what OpenAI failed with just now, until it is written down
     ended: dict[str, Any] = field(default_factory=lambda: {"resp": None, "status": None, "i": None, "o": None})
@@ -400,17 +401,17 @@ class Workers:
             self.free.release(places)
 
     def keep(self) -> None:
-        """Lengthen the leases of runs whose response is being created, which alone may last to the deadline; and see
-        to workers that hang, and places that rest."""
+        """Lengthen the leases of runs whose response is being created or whose files are read, which alone may last to
+        the deadline; and see to workers that hang, and places that rest."""
         while not self.ended.wait(self.settings.grace / 4):
             self.replace_stuck()
             if self.resting:
                 self.settle(0)
             for run in list(self.busy.values()):
                 soon = run.lease_until - time.monotonic() < self.settings.call_timeout
-                if run.creating and soon and run.seconds_left > -self.settings.grace:
+                if (run.creating or run.reading) and soon and run.seconds_left > -self.settings.grace:
                     with contextlib.suppress(LeaseLost, *FAULTS):
-                        self.journey.runs.renew(run, self.settings.call_timeout, "keep")
+                        self.journey.runs.renew(run, self.settings.call_timeout, "keep", reading=run.reading)
 
     def replace_stuck(self) -> None:
         """Start a worker for each that hangs; fencing makes what the old one may still do harmless."""

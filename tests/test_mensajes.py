@@ -270,6 +270,26 @@ def test_transcription_that_hangs_leaves_the_model_its_time(
     assert hilo.done()[0]["outcome"] == "answered"
 
 
+def test_run_whose_file_is_read_for_long_is_kept_by_a_short_lease_and_read_once(
+    start: Start, twilio: Simulator
+) -> None:
+    hilo, calls, leases = start(LEASE_SECONDS="0.5"), [], []
+
+    def message_to_input(message: Message) -> str:
+        calls.append(message.sid)
+        until = time.monotonic() + 4  # the lease alone, with a call's time in it, is three
+        while time.monotonic() < until:
+            leases.append(hilo.rows("SELECT extract(epoch FROM due_at - now())::float8 AS s FROM runs")[0]["s"])
+            time.sleep(0.05)
+        return "[Nota de voz] hola"
+
+    hilo.plug(message_to_input=message_to_input)
+    twilio.receive(ANA, media=[(OGG, "audio/ogg")])
+    assert twilio.wait_for(ANA, 1)[0].body == "Eco: [Nota de voz] hola"
+    limit = hilo.settings.call_timeout + hilo.settings.grace
+    assert len(calls) == 1 and 0 < min(leases) and max(leases) <= limit
+
+
 def test_voice_note_that_is_too_large_is_not_transcribed(
     hilo: Hilo, twilio: Simulator, openai_server: LocalOpenAI
 ) -> None:
