@@ -118,14 +118,15 @@ def test_answer_on_its_way_when_an_advisor_writes_is_withheld(chat: Chat, openai
     chat.says(ANA, "/asesor")
     chat.says(ANA, "/bot")
     notice = chat.twilio.sent_to(MARTA)[0].sid
-    chat.heard(ANA)
+    chat.heard(ANA), chat.heard(MARTA), chat.heard(PACO)
     with openai_server.gate("POST /v1/responses$") as gate:
-        chat.twilio.receive(ANA, "hola")
+        chat.twilio.receive(ANA, "hola", profile_name="Ana")
         assert gate.arrived.wait(5)
         chat.twilio.receive(MARTA, "yo te ayudo", fields={"OriginalRepliedMessageSid": notice}, profile_name="Marta")
         chat.twilio.wait_for(ANA, 3)
     chat.hilo.done()
     assert chat.heard(ANA) == ["👤 *Marta:* yo te ayudo"]
+    assert chat.heard(MARTA) == ["💬 *Ana* (+52…0001): hola"] and chat.heard(PACO) == []
     assert chat.hilo.rows("SELECT body FROM messages WHERE state = 'withheld'") == [{"body": "Eco: hola"}]
 
 

@@ -361,7 +361,7 @@ def decir(message: Message, context: Context, ajustes: Ajustes, usuario: Fila) -
     tomar(context, ajustes, usuario["user_phone"])
     idioma = usuario["language"] or "es"
     dicho = f"👤 *{firma(context, idioma)}:* {en_palabras(message, idioma)}"
-    partes = [Part(dicho, to=usuario["user_phone"])]
+    partes = [Part(dicho, to=usuario["user_phone"]), *sin_contestar(context, usuario["user_phone"], nombre)]
     if antes not in (None, context.address):
         partes.append(Part(texto("asesor_relevo", quien=nombre, asesor=firma(context)), to=antes))
     if usuario["tarde"]:
@@ -383,6 +383,19 @@ def tomar(context: Context, ajustes: Ajustes, usuario: str) -> None:
             WHERE user_phone = :u AND mode = 'human'""",
         u=usuario, minutos=ajustes.minutos,
     )  # fmt: skip
+
+
+def sin_contestar(context: Context, usuario: str, nombre: str) -> list[Part]:
+    """For the advisor who has just taken a conversation: what the user had asked the assistant, whose answer does not
+    leave any more."""
+    filas = context.query(
+        """SELECT m.body FROM users u JOIN runs r USING (user_phone) JOIN messages m ON m.run_id = r.id
+            WHERE u.user_phone = :u AND u.mode = 'human' AND u.mode_run = :run AND r.state <> 'done'
+                AND m.direction = 'in' AND m.reply IS NULL ORDER BY m.id""",
+        u=usuario, run=context.run_id,
+    )  # fmt: skip
+    nada = texto("archivo_no_pasa", tipo=texto("archivo_otro"))
+    return [Part(texto("asesor_dice_usuario", quien=nombre, texto=fila["body"] or nada)) for fila in filas]
 
 
 def firma(context: Context, idioma: str = "es") -> str:
