@@ -54,11 +54,17 @@ class Server:
     def drain(self, seconds: float = 5.0) -> None:
         """Stop listening, and return when the requests in hand are answered."""
         self.server.trigger.pull_trigger(lambda: (self.server.del_channel(), self.server.socket.close()))
-        end, channels = time.monotonic() + seconds, self.server.active_channels
-        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
-            time.sleep(0.02)
+        end = time.monotonic() + seconds
+        self.wait_for_answers(end)
         self.ended = True
         self.server.pull_trigger()
         self.thread.join(2.0)
+        self.wait_for_answers(max(end, time.monotonic() + 1.0))  # to what came at that moment, on a connection kept open
         self.server.task_dispatcher.shutdown(timeout=1)
         self.server.asyncore.close_all(self.server._map)
+
+    def wait_for_answers(self, end: float) -> None:
+        """Return when no request is in hand, at `end` (monotonic) at the latest."""
+        channels = self.server.active_channels
+        while time.monotonic() < end and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
+            time.sleep(0.02)
