@@ -42,11 +42,12 @@ def inbound(form: Mapping[str, str], burst: float, at: datetime | None = None) -
         raise BadRequest(400, f"the form lacks {', '.join(missing)}")
     text = form.get("Body", "")
     guess = idioma_de(text, "")
+    sure = guess == "es" or idioma_de(text, "", seguro=True)  # only others are doubted
     return {
         "sid": form["MessageSid"], "sender": form["From"], "own": form["To"],
         "profile": form.get("ProfileName", "")[:200], "body": text, "external": form.get("ExternalUserId") or None,
         "raw": form, "opt": opt_word(text), "at": at and at.isoformat(), "burst": burst_of(text, form, burst),
-        "language": (guess and idioma_de(text, "", seguro=True)) or None, "guess": guess or None,
+        "language": guess if guess and sure else None, "guess": guess or None,
     }  # fmt: skip
 
 

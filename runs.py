@@ -304,7 +304,8 @@ class Workers:
 
     def woken(self, seconds: float) -> None:
         """A run is due in so many seconds: look then, or tell another process where everybody here is busy."""
-        self.alarm.wake_in(seconds)
+        if self.settings.worker_threads:
+            self.alarm.wake_in(seconds)
         if len(self.busy) >= self.places:
             self.notify.set()
 

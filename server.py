@@ -59,7 +59,7 @@ class Server:
         self.ended = True
         self.server.pull_trigger()
         self.thread.join(2.0)
-        self.wait_for_answers(max(end, time.monotonic() + 1.0))  # to what came at that moment, on a connection kept open
+        self.wait_for_answers(max(end, time.monotonic() + 1.0))  # to what came just then, on one kept open
         self.server.task_dispatcher.shutdown(timeout=1)
         self.server.asyncore.close_all(self.server._map)
 

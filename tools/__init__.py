@@ -209,6 +209,8 @@ Reply = str | Part | list[str | Part]
 def clean(value: Any) -> Any:
     """Return texts, also inside lists and dicts, without what no database takes: NUL and halves of surrogate pairs."""
     if isinstance(value, str):
+        if value.isascii() and "\x00" not in value:
+            return value
         return value.replace("\x00", "").encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
     if isinstance(value, Mapping):
         return {clean(key): clean(item) for key, item in value.items()}

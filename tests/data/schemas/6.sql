@@ -381,7 +381,8 @@ BEGIN
 END $$;
 
 -- Store several messages, in their order; a row for each that is new, with its place. What is known of a user's language
--- comes before a guess. A lock is waited for no longer than `p_patience`.
+-- comes before a guess. A lock is waited for no longer than `p_patience`. Where each is of somebody else, and of nobody who
+-- has another address or leaves or returns, one statement does what receive_message does for each.
 CREATE OR REPLACE FUNCTION receive_messages(p_messages jsonb, p_patience text)
 RETURNS TABLE (place bigint, id bigint, held boolean, seconds double precision) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -389,6 +390,41 @@ DECLARE
     m record;
 BEGIN
     PERFORM set_config('lock_timeout', p_patience, true);
+    IF (SELECT count(DISTINCT x.sender) = count(*) AND bool_and(x.external IS NULL AND x.opt IS NULL
+                AND x.sender LIKE 'whatsapp:+%' AND (SELECT address FROM addresses WHERE address = x.sender) IS NULL)
+            FROM jsonb_to_recordset(p_messages) AS x (sender text, external text, opt text)) THEN
+        RETURN QUERY WITH m AS MATERIALIZED (
+            SELECT x.*, coalesce(x.at, now()) AS moment
+            FROM ROWS FROM (jsonb_to_recordset(p_messages) AS (sid text, sender text, own text, profile text, body text,
+                    raw jsonb, burst double precision, at timestamptz, language text, guess text))
+                WITH ORDINALITY x (sid, sender, own, profile, body, raw, burst, at, language, guess, place)
+            WHERE (SELECT k.id FROM messages k WHERE k.sid = x.sid) IS NULL), -- no EXISTS: it may be planned to read them all
+        w AS ( -- first the users, in their order
+            INSERT INTO users AS u (user_phone, reply_to, own_number, profile_name, last_in_at, language)
+            SELECT m.sender, m.sender, m.own, m.profile, m.moment,
+                coalesce(m.language, (SELECT k.language FROM users k WHERE k.user_phone = m.sender), m.guess)
+            FROM m ORDER BY m.place
+            ON CONFLICT (user_phone) DO UPDATE SET
+                reply_to = excluded.reply_to, own_number = excluded.own_number,
+                last_in_at = greatest(u.last_in_at, excluded.last_in_at),
+                profile_name = coalesce(nullif(excluded.profile_name, ''), u.profile_name),
+                language = coalesce(excluded.language, u.language)
+            RETURNING u.user_phone),
+        i AS (
+            INSERT INTO messages (sid, user_phone, direction, body, raw, at)
+            SELECT m.sid, m.sender, 'in', m.body, m.raw, m.moment FROM m JOIN w ON w.user_phone = m.sender ORDER BY m.place
+            ON CONFLICT (sid) DO NOTHING RETURNING user_phone),
+        r AS (
+            INSERT INTO runs AS r (user_phone, due_at, pending)
+            SELECT m.sender, now() + m.burst * interval '1 s', 1 FROM m JOIN i ON i.user_phone = m.sender ORDER BY m.place
+            ON CONFLICT (user_phone) WHERE state <> 'done' DO UPDATE SET
+                pending = r.pending + 1, wakes = r.wakes + 1,
+                due_at = CASE WHEN r.held OR r.state <> 'queued' OR r.tries > 0 THEN r.due_at
+                    ELSE least(excluded.due_at, r.created_at + 5 * greatest(excluded.due_at - now(), interval '0.2 s')) END
+            RETURNING r.id, r.user_phone, r.held, r.due_at)
+        SELECT m.place, r.id, r.held, extract(epoch FROM r.due_at - now())::float8 FROM m JOIN r ON r.user_phone = m.sender;
+        RETURN;
+    END IF;
     FOR m IN SELECT * FROM ROWS FROM (jsonb_to_recordset(p_messages) AS (sid text, sender text, own text, external text,
             profile text, body text, raw jsonb, opt text, burst double precision, at timestamptz, language text, guess text))
             WITH ORDINALITY x (sid, sender, own, external, profile, body, raw, opt, burst, at, language, guess, place)
