@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pg8000.native
 import pytest
 
-from database import Database, DatabaseDown, DatabaseFault, connection_options
+from database import QUERIES, Database, DatabaseDown, DatabaseFault, connection_options
 from inbox import Inbox, inbound
-from tests.conftest import ANA, free_port, wait_for
+from tests.conftest import ANA, Server, free_port, wait_for
 
 OTHERS = [f"whatsapp:+52155{n:08}" for n in range(6)]
 
@@ -141,3 +144,55 @@ def test_language_that_a_message_shows_surely_outlasts_a_guess_from_the_next_of_
     assert (sure["language"], guessed["language"], guessed["guess"]) == ("pt", None, "en")
     at_once(Inbox(db), [sure, guessed])
     assert db.rows("SELECT language FROM users") == [{"language": "pt"}]
+
+
+# --- One statement for all, or one function for each -------------------------------------------------------
+
+ONE_BY_ONE = """
+SELECT r.* FROM jsonb_to_recordset(:messages::jsonb) AS m (sid text, sender text, own text, external text, profile text,
+        body text, raw jsonb, opt text, burst float8, at timestamptz, language text, guess text),
+    receive_message(sid, sender, own, external, profile, body, raw, opt, burst, at,
+        coalesce(m.language, (SELECT language FROM users WHERE user_phone = sender), guess)) r
+"""
+STORED = """
+SELECT (SELECT jsonb_agg(to_jsonb(u) - 'created_at' ORDER BY user_phone) FROM users u) AS users,
+    (SELECT jsonb_agg(to_jsonb(m) - 'id' ORDER BY sid) FROM messages m) AS messages,
+    (SELECT jsonb_agg(to_jsonb(r) - '{id,created_at,due_at,started_at}'::text[]
+        || jsonb_build_object('in', round(extract(epoch FROM due_at - now()) / 5)) ORDER BY user_phone, id)
+        FROM runs r) AS runs
+"""
+MEANWHILE = (  # what workers make of a run between two commits
+    "UPDATE runs SET held = true, due_at = now() + interval '45 s' WHERE user_phone = :u AND state <> 'done'",
+    "UPDATE runs SET state = 'waiting', due_at = now() + interval '35 s' WHERE user_phone = :u AND state <> 'done'",
+    "UPDATE runs SET tries = 1, due_at = now() + interval '25 s' WHERE user_phone = :u AND state <> 'done'",
+    "UPDATE runs SET state = 'done' WHERE user_phone = :u AND state <> 'done'",
+    "UPDATE runs SET created_at = now() - interval '95 s' WHERE user_phone = :u AND state <> 'done'",
+    "UPDATE users SET mode = 'human' WHERE user_phone = :u",
+)
+
+
+def test_messages_stored_by_one_statement_leave_what_each_would_leave_by_itself(
+    db: Database, postgres: Server
+) -> None:
+    dice, name = random.Random(3), postgres.create()
+    texts = ["hola, quiero un curso", "hello, how are you?", "oi, tudo bem?", "ok", "hello excel", "¿y eso?", ""]
+    with contextlib.closing(Database(postgres.named(name), 1)) as other:
+        for round_ in range(60):
+            batch = []
+            for user in sorted(dice.sample(OTHERS, dice.randint(1, 5))):
+                written = datetime(2026, 11, 26, tzinfo=UTC) + timedelta(minutes=dice.randint(-round_, round_))
+                form = {
+                    "MessageSid": f"SM{user[-1]}-{dice.randint(0, 25)}", "From": user, "Body": dice.choice(texts),
+                    "To": f"whatsapp:+1415523888{dice.randint(0, 2)}", "ProfileName": dice.choice(["", "Ana", "Luis"]),
+                }  # fmt: skip
+                batch.append(inbound(form, dice.choice([0.0, 10.0, 30.0]), written))
+            together = db.rows(QUERIES["receive"], {"messages": json.dumps(batch), "patience": "1s"})
+            together.sort(key=lambda row: row["place"])
+            apart = other.rows(ONE_BY_ONE, {"messages": json.dumps(batch)})
+            assert [row["held"] for row in together] == [row["held"] for row in apart]
+            assert db.rows(STORED) == other.rows(STORED), batch
+            if dice.random() < 0.6:
+                change, user = dice.choice(MEANWHILE), dice.choice(OTHERS)
+                for each in (db, other):
+                    each.rows(change, {"u": user})
+    postgres.give_back(name)
