@@ -264,16 +264,18 @@ class Workers:
     """A dispatcher that claims due runs for the free ones of a few threads, and the wires to other processes."""
 
     STUCK = 15.0  # seconds after its run's lease until a worker is taken to hang in a plugin, and replaced
-    # While this process computes rather than waits, so many are at work: more would stand in the interpreter's queue,
-    # and a message that arrives would stand behind them, several times until it is stored.
-    ENOUGH = 8
+    # While this process computes rather than waits, so many workers are at work, and what else is claimed waits for
+    # them: more would stand in the interpreter's queue, and so, several times, would a message that arrives.
+    ENOUGH = 6
     COMPUTING = 0.5  # of one processor
     IDLE = 0.4
 
     def __init__(self, settings: Settings, db: Database, alarm: Alarm):
         self.settings, self.db, self.alarm = settings, db, alarm
-        self.free = threading.Semaphore(0)  # places of workers that may take a run
-        self.resting, self.load, self.settling = 0, Load(), threading.Lock()  # places that are not to be had just now
+        self.free = threading.Semaphore(0)  # as many runs may be claimed
+        self.places = settings.worker_threads  # of workers that may be at work now
+        self.room = threading.Semaphore(self.places)
+        self.load, self.settling = Load(), threading.Lock()
         self.claimed: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.busy: dict[threading.Thread, Run] = {}
         self.notify = threading.Event()
@@ -295,18 +297,18 @@ class Workers:
 
     def crowded(self) -> bool:
         """Tell whether there is too much to do for niceties: a quarter of the workers is at work."""
-        return len(self.busy) > self.places / 4
+        return self.in_hand > self.settings.worker_threads / 4
 
     @property
-    def places(self) -> int:
-        """How many may be at work now."""
-        return self.settings.worker_threads - self.resting
+    def in_hand(self) -> int:
+        """How many runs are claimed: at most one for each worker, also where not all of them may be at work."""
+        return len(self.busy) + self.claimed.qsize()
 
     def woken(self, seconds: float) -> None:
         """A run is due in so many seconds: look then, or tell another process where everybody here is busy."""
         if self.settings.worker_threads:
             self.alarm.wake_in(seconds)
-        if len(self.busy) >= self.places:
+        if self.in_hand >= self.settings.worker_threads:
             self.notify.set()
 
     def wake(self, runs: Runs, response_id: str) -> None:
@@ -371,10 +373,11 @@ class Workers:
         """Advance one run after the other; what fails stays a row, and is claimed again when its lease runs out."""
         me = threading.current_thread()
         self.free.release()
-        while (run := self.claimed.get()) is not None:
+        while self.room.acquire() and (run := self.claimed.get()) is not None:
             self.busy[me] = run
             try:
-                self.journey.runs.put_down(run, 0) if self.stopping else self.journey.advance(run)
+                late = run.lease_until - time.monotonic() < self.settings.lease_seconds / 4  # it waited for a place
+                self.journey.runs.put_down(run, 0) if self.stopping or late else self.journey.advance(run)
             except LeaseLost:
                 run.log.warning("⚠️ another worker took this run over")
             except (DatabaseDown, DatabaseFault) as error:
@@ -384,29 +387,34 @@ class Workers:
                 run.log.debug("traceback", exc_info=error)
             if self.busy.pop(me, None) is None:
                 return  # taken to be stuck, and replaced
+            self.free.release()
             self.settle(1)
         self.claimed.put(None)  # for the next one
+        self.room.release()
 
-    def settle(self, places: int) -> None:
-        """Give places back, or let one rest: as ENOUGH says. All come back where no step has ended for a second."""
+    def settle(self, left: int) -> None:
+        """Give back the place of a step that has ended, or let it rest, as ENOUGH says. All come back where none has
+        ended for a second; `left` is 0 for who only looks."""
         with self.settling:
             quiet = time.monotonic() - self.load.looked > 1.0
             share = self.load.share()
+            more = 0
             if quiet or self.stopping:
-                places, self.resting = places + self.resting, 0
-            elif share is not None and share > self.COMPUTING and places and self.places > self.ENOUGH:
-                places, self.resting = places - 1, self.resting + 1
-            elif share is not None and share < self.IDLE and self.resting:
-                places, self.resting = places + 1, self.resting - 1
-        if places:
-            self.free.release(places)
+                more = self.settings.worker_threads - self.places
+            elif share is not None and share > self.COMPUTING and left and self.places > self.ENOUGH:
+                more = -1
+            elif share is not None and share < self.IDLE and self.places < self.settings.worker_threads:
+                more = 1
+            self.places += more
+        if left + more:
+            self.room.release(left + more)
 
     def keep(self) -> None:
         """Lengthen the leases of runs whose response is being created or whose files are read, which alone may last to
         the deadline; and see to workers that hang, and places that rest."""
         while not self.ended.wait(self.settings.grace / 4):
             self.replace_stuck()
-            if self.resting:
+            if self.places < self.settings.worker_threads:
                 self.settle(0)
             for run in list(self.busy.values()):
                 soon = run.lease_until - time.monotonic() < self.settings.call_timeout
@@ -420,6 +428,7 @@ class Workers:
             late = time.monotonic() > run.lease_until + self.STUCK
             if late and self.busy.pop(thread, None) is not None:
                 run.log.error("⚠️ a worker hangs in this run, in a plugin or library: replaced")
+                self.room.release()
                 threading.Thread(target=self.work, name="work", daemon=True).start()
 
     def tell_others(self) -> None:
