@@ -33,7 +33,7 @@ DEADLOCKS = 3  # times a statement is tried again after one
 MIGRATION_LOCK = 4815162342  # PostgreSQL advisory lock, also in schema.sql
 MIGRATION_TRIES = 12  # of five seconds, while others hold a table
 # What leaves a connection as it was; SET and the like would change it for whoever gets it next.
-PLAIN = re.compile(r"(?is)(\s|--[^\n]*\n|/\*.*?\*/)*(select|with|insert|update|delete|merge|values|table)\b")
+PLAIN = re.compile(r"(?is)(?>[\s(]+|--[^\n]*\n|/\*.*?\*/)*+(?:select|with|insert|update|delete|merge|values|table)\b")
 OUTSIDE = b"I"  # no transaction is open, in the server's words
 MISSING = {"42P01": "table", "42703": "column", "42883": "function"}  # what an earlier schema may lack, by SQLSTATE
 

@@ -387,9 +387,9 @@ WITH u AS MATERIALIZED (
 w AS MATERIALIZED (
     SELECT m.id, m.user_phone FROM u JOIN runs r USING (user_phone) JOIN messages m ON m.run_id = r.id
     WHERE NOT u.answered AND coalesce(r.finished_at, now()) >= u.since AND m.direction = 'in' AND m.opt IS NULL
-        AND (m.reply IS NOT NULL AND NOT m.reply @? '$[*] ? (@.to == null)' OR m.reply IS NULL AND NOT EXISTS (
-            SELECT FROM messages o WHERE o.run_id = r.id AND o.direction = 'out' AND o.user_phone = u.user_phone
-                AND o.state <> 'withheld'))),
+        AND (m.reply IS NOT NULL AND NOT m.reply @? '$[*] ? (@.to == null)' OR m.reply IS NULL AND (
+            SELECT o.id FROM messages o WHERE o.run_id = r.id AND o.direction = 'out' AND o.user_phone = u.user_phone
+                AND o.state <> 'withheld' LIMIT 1) IS NULL)),
 r AS (
     INSERT INTO runs (user_phone, state, due_at, pending)
     SELECT u.user_phone, CASE WHEN n.pending > 0 THEN 'queued' ELSE 'sending' END, now(), n.pending
@@ -412,7 +412,8 @@ RETURNING key
 
 -- name: our_numbers
 -- Those of several numbers that a user wrote to last.
-SELECT n AS number FROM unnest(:numbers::text[]) n WHERE EXISTS (SELECT FROM users WHERE own_number = n)
+SELECT n AS number FROM unnest(:numbers::text[]) n
+WHERE (SELECT true FROM users WHERE own_number = n LIMIT 1) -- no EXISTS: it may be planned to read all users
 
 -- name: take_turn
 -- One process in so many seconds gets a row.
